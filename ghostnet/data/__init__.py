@@ -1,0 +1,1 @@
+"""Data sets, decoding, transforms and the loader that feeds the step."""

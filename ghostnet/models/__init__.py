@@ -1,0 +1,1 @@
+"""GhostNet and the readers of its published weights."""
