@@ -1,0 +1,324 @@
+"""Precision: one protocol for fp32, autocast, O2 with master weights, and Ascend's apex.
+
+The loop calls forward, backward and step, and never asks which one it has.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ghostnet.device import check_bf16, half_dtype
+from ghostnet.errors import UserError
+from ghostnet.schema import Positive
+
+MakeOptimizer = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
+LossScale = Positive | Literal["dynamic"]
+
+
+class Amp:
+    """fp32, and the protocol of the others."""
+
+    name = "none"
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        """What the optimizer updates, and what the gradient's norm is taken of."""
+
+    def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
+        """Ready a model that is on its device, in place, and make the optimizer of what it trains."""
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parameters = [parameter for _, parameter in named]
+        return make_optimizer(named)
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Fp32 logits (N, C) of normalised fp32 images (N, 3, H, W)."""
+        logits: Tensor = model(images)
+        return logits.float()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of an fp32 scalar loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
+        """Clip the gradients to a norm (null: not), update the weights and drop the gradients."""
+        self._clip(clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's state dict with its full-precision weights; the tensors are the live ones."""
+        return model.state_dict()
+
+    def load_weights(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Take over what weights() gave."""
+        model.load_state_dict(state)
+
+    def for_evaluation(self, module: nn.Module) -> nn.Module:
+        """An fp32 module, such as the moving average, in the form that forward() takes."""
+        return module
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the loss scale."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of the loss scale."""
+
+    def _clip(self, norm: float | None) -> None:
+        if norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, norm)
+
+
+class Bf16(Amp):
+    """Autocast to bfloat16: fp32 weights, no loss scale."""
+
+    name = "bf16"
+    dtype = torch.bfloat16
+
+    def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
+        """UserError on a card without bfloat16."""
+        check_bf16(device)
+        return super().initialize(model, make_optimizer, device)
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Fp32 logits (N, C), computed under autocast."""
+        with torch.autocast(images.device.type, self.dtype):
+            logits: Tensor = model(images)
+        return logits.float()
+
+
+class Fp16(Bf16):
+    """Autocast to float16 with a loss scale: dynamic, or a number that is never checked."""
+
+    name = "fp16"
+    dtype = torch.float16
+
+    def __init__(self, loss_scale: LossScale) -> None:
+        super().__init__()
+        self.scale = None if loss_scale == "dynamic" else float(loss_scale)
+        self.scaler: torch.amp.GradScaler | None = None
+
+    def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
+        """Make torch's GradScaler for the device where the scale is dynamic."""
+        if self.scale is None:
+            self.scaler = torch.amp.GradScaler(device.type)
+        return Amp.initialize(self, model, make_optimizer, device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of loss × scale."""
+        scaled = self.scaler.scale(loss) if self.scaler is not None else loss * self.scale
+        scaled.backward()
+
+    def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
+        """Unscale, clip, update; a dynamic scale skips the update on overflow."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+            self._clip(clip_grad_norm)
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            optimizer.zero_grad()
+        else:
+            assert self.scale is not None
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.scale)
+            super().step(optimizer, clip_grad_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of a dynamic loss scale."""
+        return self.scaler.state_dict() if self.scaler is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of a dynamic loss scale."""
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state)
+
+
+class O2(Amp):
+    """Half-precision weights and activations, fp32 BatchNorm, fp32 master weights: what apex calls O2.
+
+    float16 on cards, bfloat16 on the CPU. A number as loss scale is never checked, as in the reference. A dynamic one
+    starts at 2^16, halves and skips the update on overflow, doubles after 2000 clean steps up to 2^24, and waits for
+    the device once a step to know which.
+    """
+
+    name = "o2"
+    GROWTH_INTERVAL = 2000
+    LARGEST = 2.0**24
+
+    def __init__(self, loss_scale: LossScale) -> None:
+        super().__init__()
+        self.dynamic = loss_scale == "dynamic"
+        self.scale = 2.0**16 if loss_scale == "dynamic" else float(loss_scale)
+        self.clean_steps = 0
+        self.dtype = torch.float16
+        self.masters: dict[str, Tensor] = {}
+
+    def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
+        """Keep fp32 masters of all parameters but BatchNorm's, which stay fp32 and are their own masters."""
+        self.dtype = half_dtype(device)
+        full = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self._to_half(model)
+        self.masters, trained, self.pairs = {}, [], []
+        for name, parameter in model.named_parameters():
+            is_half = parameter.dtype == self.dtype
+            master = full[name].requires_grad_(parameter.requires_grad) if is_half else parameter
+            self.masters[name] = master
+            if parameter.requires_grad:
+                trained.append((name, master))
+                if is_half:
+                    self.pairs.append((parameter, master))
+        self.parameters = [master for _, master in trained]
+        return make_optimizer(trained)
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Fp32 logits (N, C) from half-precision images and weights."""
+        logits: Tensor = model(images.to(self.dtype))
+        return logits.float()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of loss × scale to the half-precision weights."""
+        (loss * self.scale).backward()
+
+    @torch.no_grad()
+    def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
+        """Gradients to the masters, unscale, clip, update the masters, copy them back."""
+        for parameter, master in self.pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        gradients = [master.grad for master in self.parameters if master.grad is not None]
+        torch._foreach_div_(gradients, self.scale)
+        if not self.dynamic or self._grow(bool(nn.utils.get_total_norm(gradients).isfinite())):
+            self._clip(clip_grad_norm)
+            optimizer.step()
+            self._copy_back()
+        optimizer.zero_grad()
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state dict with the fp32 masters in place of the half-precision weights."""
+        return model.state_dict() | {name: master.detach() for name, master in self.masters.items()}
+
+    @torch.no_grad()
+    def load_weights(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Fp32 weights into the masters and, rounded, into the model."""
+        model.load_state_dict(state)
+        for name, master in self.masters.items():
+            master.copy_(state[name])
+
+    def for_evaluation(self, module: nn.Module) -> nn.Module:
+        """A half-precision copy."""
+        return self._to_half(copy.deepcopy(module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scale and the count of clean steps."""
+        return {"scale": self.scale, "clean_steps": self.clean_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the loss scale and the count of clean steps."""
+        self.scale, self.clean_steps = state["scale"], state["clean_steps"]
+
+    def _to_half(self, model: nn.Module) -> nn.Module:
+        # BatchNorm stays fp32: half-precision running variances drift.
+        for module in model.modules():
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(self.dtype)
+        return model
+
+    def _copy_back(self) -> None:
+        if self.pairs:
+            torch._foreach_copy_([half for half, _ in self.pairs], [master for _, master in self.pairs])
+
+    def _grow(self, clean: bool) -> bool:
+        """Move the dynamic scale; whether the step may be taken."""
+        self.clean_steps = self.clean_steps + 1 if clean else 0
+        if not clean:
+            self.scale /= 2
+        elif self.clean_steps == self.GROWTH_INTERVAL:
+            self.scale, self.clean_steps = min(self.scale * 2, self.LARGEST), 0
+        return clean
+
+
+class Apex(Amp):
+    """O2 by Ascend's apex, where it is installed; amp=o2 does the same without it."""
+
+    name = "apex"
+
+    def __init__(self, loss_scale: LossScale) -> None:
+        super().__init__()
+        if importlib.util.find_spec("apex") is None or importlib.util.find_spec("apex.amp") is None:
+            raise UserError(
+                "amp=apex needs Ascend's apex, which is built from source: github.com/Ascend/apex, "
+                "bash scripts/build.sh --python=3.x, then install the wheel it makes (the package named apex in the "
+                "Python package index is something else). amp=o2 does the same without it."
+            )
+        self.loss_scale = loss_scale
+        self.optimizer: Optimizer | None = None
+        self.names: list[str] = []
+        """Of the master parameters, in the optimizer's order."""
+
+    def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
+        """Hand model and optimizer to apex.amp.initialize."""
+        from apex import amp
+
+        optimizer = super().initialize(model, make_optimizer, device)
+        name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        options: dict[str, Any] = {"combine_grad": True} if device.type == "npu" else {}
+        _, self.optimizer = amp.initialize(
+            model, optimizer, opt_level="O2", loss_scale=self.loss_scale, verbosity=0, **options
+        )
+        return self.optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of loss × scale."""
+        from apex import amp
+
+        with amp.scale_loss(loss, self.optimizer) as scaled:
+            scaled.backward()
+
+    def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
+        """Clip on the masters, update."""
+        from apex import amp
+
+        if clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(list(amp.master_params(optimizer)), clip_grad_norm)
+        optimizer.step()
+        # combine_grad keeps all gradients in one buffer, which must stay.
+        optimizer.zero_grad(set_to_none=False)
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state dict with apex's fp32 masters in place of the half-precision weights."""
+        return {name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()} | {
+            name: master.detach() for name, master in self._masters()
+        }
+
+    @torch.no_grad()
+    def load_weights(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Fp32 weights into the masters and, rounded, into the model."""
+        model.load_state_dict(state)
+        for name, master in self._masters():
+            master.copy_(state[name])
+
+    def _masters(self) -> Iterable[tuple[str, Tensor]]:
+        from apex import amp
+
+        return zip(self.names, amp.master_params(self.optimizer), strict=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scalers of apex."""
+        from apex import amp
+
+        state: dict[str, Any] = amp.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the loss scalers of apex."""
+        from apex import amp
+
+        amp.load_state_dict(state)
+
+

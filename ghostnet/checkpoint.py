@@ -1,0 +1,70 @@
+"""Checkpoints: written whole or not at all, read without running code."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghostnet.errors import UserError
+from ghostnet.models.weights import read_file
+
+FORMAT = "ghostnet-torch"
+LAST, BEST = "last.pt", "best.pt"
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint: to a temporary file in the same folder, flushed to disk, then renamed.
+
+    UserError where the disk is full or the folder can't be written; the file that was there before stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer turns a failed write into a RuntimeError.
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{path} can't be written: {reason}. The last whole checkpoint is kept. Free some space or choose another "
+            "folder with hydra.run.dir=…, then go on with resume=…"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one of this project's checkpoints to the CPU; UserError for anything else. Never runs code from the file."""
+    state = read_file(path)
+    if not is_own(state):
+        raise UserError(
+            f"{path} is no checkpoint of this project, so a run can't go on from it. "
+            "To start from its weights: model.weights=PATH"
+        )
+    return dict(state)
+
+
+def is_own(state: object) -> bool:
+    """Whether what read_file() gave is one of this project's checkpoints."""
+    return isinstance(state, dict) and state.get("format") == FORMAT
+
+
+def find(path: str | Path, name: str) -> Path:
+    """The checkpoint meant by a file or by a run folder that holds `name`; UserError where there is none."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        if not (found / name).is_file():
+            there = ", ".join(sorted(p.name for p in found.glob("*.pt"))) or "no checkpoint"
+            raise UserError(f"{found} holds no {name} (it holds {there}).")
+        found = found / name
+    if not found.is_file():
+        raise UserError(f"{found} does not exist: give a checkpoint file or a run folder.")
+    return found

@@ -1,0 +1,219 @@
+"""Data sets: for each split an indexed list of pictures with labels.
+
+To add one: a class with these attributes and methods, and a file in conf/data/ whose dataset._target_ names it.
+"""
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ghostnet.data.decode import decode
+from ghostnet.errors import UserError
+from ghostnet.schema import PositiveInt, did_you_mean
+from ghostnet.seeding import fold_in
+
+Split = Literal["train", "val"]
+Labels = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+REPOSITORY = Path(__file__).parent.parent.parent
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Dataset(Protocol):
+    """One split of labelled pictures. image() is called from many threads at once."""
+
+    classes: list[str]
+    """Names of the classes; a label is an index into them."""
+    labels: Labels
+
+    def image(self, index: int) -> Image.Image:
+        """The picture, RGB or greyscale; UserError names a file that can't be read."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class ImageFolder:
+    """root/train/<class>/* and root/val/<class>/*: JPEG, PNG or WebP files, ImageNet's layout."""
+
+    def __init__(self, split: Split, /, root: str | None) -> None:
+        if root is None:
+            raise UserError(
+                "data.root is not set: give the folder that holds train/<class>/* and val/<class>/*, "
+                "as data.root=/data/imagenet, or try it without a data set of your own: experiment=quickstart"
+            )
+        folder = Path(root).expanduser() / split
+        looked_for = f"Looked for {folder}/<class>/*.jpg|jpeg|png|webp"
+        if not folder.is_dir():
+            raise UserError(f"data.root={root} {self._missing(Path(root).expanduser(), split)}. {looked_for}.")
+        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        self.folder = folder
+        self.names: list[str] = []
+        counts = []
+        for name in self.classes:
+            files = sorted(e.name for e in os.scandir(folder / name) if e.name.lower().endswith(EXTENSIONS))
+            self.names += [f"{name}/{file}" for file in files]
+            counts.append(len(files))
+        if not self.names:
+            raise UserError(f"data.root={root} has no images in {split}. {looked_for}.")
+        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        if empty:
+            raise UserError(
+                f"data.root={root}: {len(empty)} of {len(counts)} class folders in {split} hold no image, "
+                f"{empty[0]} first. {looked_for}. Fill or remove them."
+            )
+        self.labels: Labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
+
+    @staticmethod
+    def _missing(root: Path, split: str) -> str:
+        if not root.exists():
+            return "does not exist"
+        if not root.is_dir():
+            return "is not a folder"
+        found = sorted(entry.name for entry in root.iterdir())
+        if not found:
+            return "is empty"
+        return f"has no folder {split} (it holds {', '.join(found[:5])}{', …' if len(found) > 5 else ''})"
+
+    def image(self, index: int) -> Image.Image:
+        """The picture, RGB or greyscale; UserError names a file that can't be read."""
+        path = self.folder / self.names[index]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}.") from None
+        return decode(data, path)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class FashionMnist:
+    """Fashion-MNIST, 28×28 grey, 10 classes (arXiv 1708.07747): 60,000 train, 10,000 val, held in memory (47 MB).
+
+    Read from root, else from Debian's dataset-fashion-mnist, else downloaded by torchvision to ~/.cache/ghostnet.
+    """
+
+    CLASSES = (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    )
+
+    def __init__(self, split: Split, /, root: str | None) -> None:
+        folder = self._find(root)
+        prefix = "train" if split == "train" else "t10k"
+        self.classes = list(self.CLASSES)
+        self.pictures = read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+        labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
+        if len(labels) != len(self.pictures) or not len(labels) or labels.max() >= len(self.classes):
+            raise UserError(f"{folder}: {len(self.pictures)} pictures and {len(labels)} labels of {prefix} don't agree.")
+        self.labels: Labels = labels.astype(np.int64)
+
+    @staticmethod
+    def _find(root: str | None) -> Path:
+        if root is not None:
+            base = Path(root).expanduser()
+            places = [base, base / "FashionMNIST" / "raw"]
+        else:
+            cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ghostnet"
+            places = [DEBIAN_FASHION_MNIST, cache / "FashionMNIST" / "raw"]
+        for place in places:
+            if idx_path(place, "train-images-idx3-ubyte") is not None:
+                return place
+        if root is not None:
+            looked = " and ".join(str(p / "train-images-idx3-ubyte[.gz]") for p in places)
+            raise UserError(f"data.root={root} holds no Fashion-MNIST: looked for {looked}.")
+        return FashionMnist._download(cache)
+
+    @staticmethod
+    def _download(cache: Path) -> Path:
+        from torchvision.datasets import FashionMNIST
+
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            FashionMNIST(str(cache), download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"Fashion-MNIST is not on this machine and can't be downloaded ({error}). Install Debian's package "
+                "dataset-fashion-mnist, or give the folder of its four files as data.root=…"
+            ) from None
+        return cache / "FashionMNIST" / "raw"
+
+    def image(self, index: int) -> Image.Image:
+        """The greyscale picture, 28×28."""
+        return Image.fromarray(self.pictures[index])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Samples(FashionMnist):
+    """6,000 + 1,000 images of Fashion-MNIST that ship with the project, class-balanced; root null: the project's own."""
+
+    def __init__(self, split: Split, /, root: str | None) -> None:
+        super().__init__(split, str(REPOSITORY / "samples") if root is None else root)
+
+
+class Synthetic:
+    """Noise of the right size without decoding or disk, for speed runs; a class shows as brightness."""
+
+    def __init__(
+        self, split: Split, /, root: str | None, image_size: PositiveInt, num_classes: PositiveInt, num_train: PositiveInt, num_val: PositiveInt
+    ) -> None:
+        self.classes = [f"class{index}" for index in range(num_classes)]
+        self.labels: Labels = np.arange(num_train if split == "train" else num_val, dtype=np.int64) % num_classes
+        noise = np.random.default_rng(fold_in(0, "synthetic")).integers(0, 128, (image_size, image_size, 3), np.uint8)
+        distinct = min(num_classes, 16)
+        self.pictures = [noise + np.uint8(127 * shade / max(1, distinct - 1)) for shade in range(distinct)]
+
+    def image(self, index: int) -> Image.Image:
+        """The RGB picture of the label's shade."""
+        return Image.fromarray(self.pictures[self.labels[index] % len(self.pictures)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def idx_path(folder: Path, name: str) -> Path | None:
+    """The IDX file of that name in a folder, plain or gzipped; None where there is neither."""
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """The uint8 array of an IDX file, plain or gzipped; UserError where it is missing, truncated or something else."""
+    path = idx_path(folder, name)
+    if path is None:
+        raise UserError(f"{folder} has no {name} or {name}.gz.")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} can't be read: {error}. Get it again.") from None
+    shape = np.frombuffer(data[4 : 4 + 4 * dimensions], ">u4").astype(int)
+    start = 4 + 4 * dimensions
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) - start != np.prod(shape, initial=1):
+        raise UserError(f"{path} is no whole IDX file of {dimensions} dimensions. Get it again.")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def check_same_classes(train: Dataset, val: Dataset) -> None:
+    """UserError that names the differences where the two splits don't have the same classes in the same order."""
+    if train.classes == val.classes:
+        return
+    only_train = [name for name in train.classes if name not in set(val.classes)]
+    only_val = [name for name in val.classes if name not in set(train.classes)]
+    parts = [
+        f"{len(names)} only in {where} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for where, names in (("train", only_train), ("val", only_val))
+        if names
+    ]
+    hint = did_you_mean(only_val[0], only_train) if only_val and only_train else ""
+    raise UserError(
+        f"The classes of train ({len(train.classes)}) and val ({len(val.classes)}) differ: {'; '.join(parts)}.{hint} "
+        "Both splits need the same class folders."
+    )

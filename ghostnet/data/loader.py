@@ -1,0 +1,164 @@
+"""Feeding the step: threads decode and augment into reused uint8 batches while the device computes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghostnet.data.datasets import Dataset, Labels
+from ghostnet.data.transforms import Array, Augment, Preprocessing
+from ghostnet.device import copy_to, pinned
+from ghostnet.errors import UserError
+from ghostnet.seeding import fold_in, sample_rng
+
+Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+CHUNK = 16
+"""Samples that one thread does at a time: small enough to share a batch evenly, large enough to cost no time itself."""
+AHEAD = 3
+"""Batches under way before they are asked for."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rank of how many this process is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class TrainLoader:
+    """Augmented training batches; order is a function of (seed, epoch), augmentation of (seed, epoch, sample index)."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        preprocessing: Preprocessing,
+        augment: Augment,
+        batch_size: int,
+        seed: int,
+        feeder: "Feeder",
+        shard: Shard = Shard(),
+    ) -> None:
+        """batch_size: images of one forward pass on this device. UserError where the data don't fill one batch."""
+        self.dataset, self.preprocessing, self.augment = dataset, preprocessing, augment
+        self.batch_size, self.seed, self.feeder, self.shard = batch_size, seed, feeder, shard
+        self.batches_per_epoch = len(dataset) // (batch_size * shard.world_size)
+        if not self.batches_per_epoch:
+            raise UserError(
+                f"data.batch_size={batch_size} on {shard.world_size} device(s) is more than the {len(dataset)} "
+                "training images. Give a smaller data.batch_size."
+            )
+
+    def indices(self, epoch: int) -> Indices:
+        """This rank's sample indices of an epoch (batches, batch_size): a slice of every global batch, rest dropped."""
+        order = np.random.default_rng(fold_in(self.seed, "order", epoch)).permutation(len(self.dataset))
+        whole = order[: self.batches_per_epoch * self.shard.world_size * self.batch_size]
+        return whole.reshape(self.batches_per_epoch, self.shard.world_size, self.batch_size)[:, self.shard.rank]
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8 (N, S, S, 3), labels (N,)) on the device, of one epoch from its start-th batch on."""
+
+        def sample(index: int) -> Array:
+            return self.augment(self.dataset.image(index), sample_rng(self.seed, epoch, index), self.preprocessing)
+
+        return self.feeder.feed(list(self.indices(epoch)[start:]), self.dataset.labels, sample)
+
+
+class EvalLoader:
+    """Preprocessed evaluation batches: every sample once, on one rank, the last batch short, nothing padded."""
+
+    def __init__(
+        self, dataset: Dataset, preprocessing: Preprocessing, batch_size: int, feeder: "Feeder", shard: Shard = Shard()
+    ) -> None:
+        self.dataset, self.preprocessing, self.feeder = dataset, preprocessing, feeder
+        own = np.arange(shard.rank, len(dataset), shard.world_size)
+        self.indices = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8 (N, S, S, 3), labels (N,)) on the device."""
+
+        def sample(index: int) -> Array:
+            return self.preprocessing(self.dataset.image(index))
+
+        return self.feeder.feed(self.indices, self.dataset.labels, sample)
+
+
+class Feeder:
+    """Threads that fill a ring of host buffers, and the copies to the device."""
+
+    def __init__(self, device: torch.device, threads: int, image_size: int) -> None:
+        self.device, self.image_size = device, image_size
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self.ring: list[_Slot] = []
+
+    def feed(
+        self, batches: Sequence[Indices], labels: Labels, sample: Callable[[int], Array]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches in order, each on the device until the next is asked for.
+
+        An error of a sample is raised when its batch is asked for. Closing the iterator ends the work under way.
+        """
+        if not batches:
+            return
+        slots = self._slots(max(len(b) for b in batches))
+        under_way: list[tuple[_Slot, list[Future[None]]]] = []
+        try:
+            for position in range(-AHEAD, len(batches)):
+                if position + AHEAD < len(batches):
+                    indices, slot = batches[position + AHEAD], slots[(position + AHEAD) % len(slots)]
+                    under_way.append((slot, self._fill(slot, indices, labels, sample)))
+                if position < 0:
+                    continue
+                slot, futures = under_way.pop(0)
+                for future in futures:
+                    future.result()
+                count = len(batches[position])
+                copies, slot.reusable = copy_to(self.device, slot.images[:count], slot.labels[:count])
+                yield copies[0], copies[1]
+        finally:
+            for _, futures in under_way:
+                for future in futures:
+                    future.cancel()
+            for _, futures in under_way:
+                for future in futures:
+                    if not future.cancelled():
+                        future.exception()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown(cancel_futures=True)
+
+    def _slots(self, batch_size: int) -> "list[_Slot]":
+        # One more than under way: the batch that the step is using.
+        if not self.ring or len(self.ring[0].labels) < batch_size:
+            self.ring = [_Slot(batch_size, self.image_size, pinned(self.device)) for _ in range(AHEAD + 2)]
+        return self.ring
+
+    def _fill(
+        self, slot: "_Slot", indices: Indices, labels: Labels, sample: Callable[[int], Array]
+    ) -> list[Future[None]]:
+        reusable = slot.reusable
+
+        def fill(start: int) -> None:
+            reusable()
+            slot.label_values[start : start + CHUNK][: len(indices) - start] = labels[indices[start : start + CHUNK]]
+            for position, index in enumerate(indices[start : start + CHUNK].tolist(), start):
+                picture = sample(index)
+                # A grey picture is written to all three channels.
+                slot.pixels[position] = picture if picture.ndim == 3 else picture[:, :, None]
+
+        return [self.pool.submit(fill, start) for start in range(0, len(indices), CHUNK)]
+
+
+class _Slot:
+    """One reused host batch."""
+
+    def __init__(self, batch_size: int, image_size: int, pin: bool) -> None:
+        self.images = torch.empty(batch_size, image_size, image_size, 3, dtype=torch.uint8, pin_memory=pin)
+        self.labels = torch.empty(batch_size, dtype=torch.int64, pin_memory=pin)
+        self.pixels, self.label_values = self.images.numpy(), self.labels.numpy()
+        self.reusable: Callable[[], None] = lambda: None

@@ -1,0 +1,261 @@
+"""Pictures to arrays: the preprocessing that a model is trained and served with, and the augmentation of training."""
+
+import functools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from ghostnet.schema import NonNegative, NonNegativeInt, PositiveInt, Probability
+from ghostnet.seeding import fold_in
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the model's input, in evaluation, prediction and export. Stored with every checkpoint."""
+
+    image_size: PositiveInt
+    """Side of the square input in pixels."""
+    crop: Probability
+    """The central crop's share of the resized shorter side, in (0, 1]: 224 px and 0.875 resize to 256 first."""
+    mean: list[float]
+    """Red, green, blue, of values in [0, 1]."""
+    std: list[float]
+    interpolation: Interpolation
+
+    def __call__(self, image: Image.Image) -> Array:
+        """Resize the shorter side, antialiased, then cut the centre. -> uint8 (S, S, 3), or (S, S) of a grey picture."""
+        size = self.image_size
+        shorter = math.floor(size / self.crop)
+        width, height = image.size
+        scale = shorter / min(width, height)
+        # Truncated as torchvision's Resize does, so that both evaluate the same pixels.
+        target = (shorter, int(height * shorter / width)) if width <= height else (int(width * scale), shorter)
+        if image.size != target:
+            image = image.resize(target, RESAMPLING[self.interpolation])
+        left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+        return np.asarray(image.crop((left, top, left + size, top + size)))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Uint8 (N, S, S, 3) on any device -> normalised fp32 (N, 3, S, S); channels_last in memory."""
+        mean, std = _constants(tuple(self.mean), tuple(self.std), images.device)
+        return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=8)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on the 0..255 scale, (3, 1, 1), copied to a device once."""
+    shape = (3, 1, 1)
+    return (
+        torch.tensor([255 * v for v in mean], device=device).view(shape),
+        torch.tensor([255 * v for v in std], device=device).view(shape),
+    )
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to a training picture: random crop, flips, colour jitter, RandAugment, random erasing."""
+
+    scale: list[float]
+    """Area of the random crop, as shares of the picture's: [least, most]."""
+    ratio: list[float]
+    """Width to height of the random crop: [least, most], drawn evenly in the logarithm."""
+    hflip: Probability
+    vflip: Probability
+    color_jitter: NonNegative
+    """Brightness, contrast and saturation are each scaled by a factor in 1 ± this, in random order."""
+    randaugment: NonNegativeInt
+    """How many of RandAugment's operations (arXiv 1909.13719) a picture gets; 0: none."""
+    magnitude: NonNegative
+    """RandAugment's strength, 0 to 30."""
+    erasing: Probability
+    """Probability that a random rectangle is overwritten with noise (arXiv 1708.04896)."""
+    interpolation: Interpolation
+
+    def __post_init__(self) -> None:
+        for name, pair in (("scale", self.scale), ("ratio", self.ratio)):
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+                raise ValueError(f"augment.{name} must be [least, most] with 0 < least <= most, not {list(pair)}")
+        if self.scale[1] > 1:
+            raise ValueError(f"augment.scale is a share of the picture's area, at most 1, not {self.scale[1]}")
+
+    def __call__(self, image: Image.Image, rng: random.Random, preprocessing: Preprocessing) -> Array:
+        """One augmented picture, uint8 (S, S, 3) or (S, S), a function of the picture and of rng alone."""
+        size = preprocessing.image_size
+        box = self.crop_box(image.size, rng)
+        if box != (0, 0, *image.size) or image.size != (size, size):
+            image = image.resize((size, size), RESAMPLING[self.interpolation], box=box)
+        if rng.random() < self.hflip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if rng.random() < self.vflip:
+            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        if self.color_jitter:
+            image = jitter(image, self.color_jitter, rng)
+        for _ in range(self.randaugment):
+            image = rand_augment(image, self.magnitude, rng)
+        if rng.random() < self.erasing:
+            return erase(np.asarray(image), preprocessing, rng)
+        return np.asarray(image)
+
+    def crop_box(self, size: tuple[int, int], rng: random.Random) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of torchvision's RandomResizedCrop: ten tries, then the largest central crop."""
+        width, height = size
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(low, high))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+                return left, top, left + w, top + h
+        ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+def jitter(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    """Brightness, contrast and saturation, each times a factor in 1 ± strength, in random order."""
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast]
+    if image.mode != "L":
+        enhancers.append(ImageEnhance.Color)
+    for enhancer in rng.sample(enhancers, len(enhancers)):
+        image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return image
+
+
+def erase(image: Array, preprocessing: Preprocessing, rng: random.Random) -> Array:
+    """Overwrite a rectangle (2 % to 33 % of the area, sides 0.3 to 3.3) with noise of the data's mean and deviation."""
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(0.02, 1 / 3)
+        ratio = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < height and w < width:
+            top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+            noise = np.random.default_rng(rng.getrandbits(64)).standard_normal((h, w, *image.shape[2:]), np.float32)
+            channels = slice(None) if image.ndim == 3 else 0
+            mean, std = np.float32(preprocessing.mean)[channels], np.float32(preprocessing.std)[channels]
+            image = image.copy()
+            image[top : top + h, left : left + w] = (255 * (noise * std + mean)).clip(0, 255).astype(np.uint8)
+            return image
+    return image
+
+
+# RandAugment's operations: name -> (whether the sign is random, strength 0..1 and picture side -> the value applied).
+RANDAUGMENT: dict[str, tuple[bool, Callable[[float, int], float]]] = {
+    "identity": (False, lambda m, side: 0.0),
+    "shear_x": (True, lambda m, side: 0.3 * m),
+    "shear_y": (True, lambda m, side: 0.3 * m),
+    "translate_x": (True, lambda m, side: 150 / 331 * side * m),
+    "translate_y": (True, lambda m, side: 150 / 331 * side * m),
+    "rotate": (True, lambda m, side: 30.0 * m),
+    "brightness": (True, lambda m, side: 0.9 * m),
+    "color": (True, lambda m, side: 0.9 * m),
+    "contrast": (True, lambda m, side: 0.9 * m),
+    "sharpness": (True, lambda m, side: 0.9 * m),
+    "posterize": (False, lambda m, side: 8 - round(4 * m)),
+    "solarize": (False, lambda m, side: 255 * (1 - m)),
+    "autocontrast": (False, lambda m, side: 0.0),
+    "equalize": (False, lambda m, side: 0.0),
+}
+
+
+def rand_augment(image: Image.Image, magnitude: float, rng: random.Random) -> Image.Image:
+    """One of RandAugment's 14 operations, drawn by rng, at magnitude 0 to 30, with torchvision's ranges."""
+    name = rng.choice(list(RANDAUGMENT))
+    signed, value_of = RANDAUGMENT[name]
+    value = value_of(min(magnitude, 30.0) / 30.0, image.width)
+    return apply(image, name, -value if signed and rng.random() < 0.5 else value)
+
+
+def apply(image: Image.Image, name: str, value: float) -> Image.Image:
+    """One operation of RandAugment by torchvision's functions."""
+    from torchvision.transforms import functional as F
+
+    degrees = math.degrees(math.atan(value)) if name.startswith("shear") else 0.0
+    changed: Image.Image = {
+        "identity": lambda: image,
+        "shear_x": lambda: F.affine(image, 0.0, [0, 0], 1.0, [degrees, 0.0], center=[0, 0]),
+        "shear_y": lambda: F.affine(image, 0.0, [0, 0], 1.0, [0.0, degrees], center=[0, 0]),
+        "translate_x": lambda: F.affine(image, 0.0, [int(value), 0], 1.0, [0.0, 0.0]),
+        "translate_y": lambda: F.affine(image, 0.0, [0, int(value)], 1.0, [0.0, 0.0]),
+        "rotate": lambda: F.rotate(image, value),
+        "brightness": lambda: F.adjust_brightness(image, 1 + value),
+        "color": lambda: F.adjust_saturation(image, 1 + value),
+        "contrast": lambda: F.adjust_contrast(image, 1 + value),
+        "sharpness": lambda: F.adjust_sharpness(image, 1 + value),
+        "posterize": lambda: F.posterize(image, int(value)),
+        "solarize": lambda: F.solarize(image, value),
+        "autocontrast": lambda: F.autocontrast(image),
+        "equalize": lambda: F.equalize(image),
+    }[name]()
+    return changed
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The labels of a mixed batch: share of the loss on labels, the rest on partners."""
+
+    labels: Tensor
+    partners: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of neighbours in the batch; both on: one of them a batch.
+
+    Neighbours (0 with 1, 2 with 3 …) were drawn at random already, and stay together for any number of ranks.
+    """
+
+    mixup: NonNegative
+    """Alpha of the Beta distribution that the share is drawn from; 0: off."""
+    cutmix: NonNegative
+    """Alpha of the Beta distribution that the kept area is drawn from; 0: off."""
+
+    def __call__(self, images: Tensor, labels: Tensor, seed: int, step: int) -> tuple[Tensor, Mixed | None]:
+        """Mix normalised images (N, C, H, W), a function of (seed, step); None where nothing is mixed."""
+        if not (self.mixup or self.cutmix):
+            return images, None
+        rng = random.Random(fold_in(seed, "mix", step))
+        partner = _neighbours(len(images), images.device)
+        cut = bool(self.cutmix) and (not self.mixup or rng.random() < 0.5)
+        alpha = self.cutmix if cut else self.mixup
+        share = rng.betavariate(alpha, alpha)
+        if not cut:
+            return torch.lerp(images[partner], images, share), Mixed(labels, labels[partner], share)
+        height, width = images.shape[2:]
+        h, w = (round(side * math.sqrt(1 - share)) for side in (height, width))
+        y, x = rng.randint(0, height), rng.randint(0, width)
+        rows, columns = _span(y, h, height), _span(x, w, width)
+        images = images.clone()
+        images[:, :, rows, columns] = images[partner][:, :, rows, columns]
+        area = (rows.stop - rows.start) * (columns.stop - columns.start)
+        return images, Mixed(labels, labels[partner], 1 - area / (height * width))
+
+
+def _span(centre: int, length: int, limit: int) -> slice:
+    return slice(max(0, centre - length // 2), min(limit, centre + length - length // 2))
+
+
+@functools.lru_cache(maxsize=4)
+def _neighbours(count: int, device: torch.device) -> Tensor:
+    """Index of each one's neighbour, 1 0 3 2 …; the last of an odd count is its own."""
+    order: Sequence[int] = [min(i ^ 1, count - 1) for i in range(count)]
+    return torch.tensor(order, device=device)

@@ -1,0 +1,255 @@
+"""What a run shows and leaves behind: the console, metrics.jsonl, Weights & Biases. Each takes the same rows."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ghostnet.errors import UserError
+
+Row = dict[str, Any]
+log = logging.getLogger("ghostnet")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger may want to know when a run starts."""
+
+    folder: Path
+    config: dict[str, Any]
+    step: int
+    """More than 0: a resumed run."""
+    evaluated: int
+    """The step of the last evaluation that finished."""
+    total_steps: int
+    epochs: int
+
+
+class Logger(Protocol):
+    """A place that rows go to: `step`, `epoch`, and train/* or eval/* values."""
+
+    def start(self, run: RunInfo) -> None:
+        """Called once, before the first row."""
+
+    def log(self, row: Row) -> None:
+        """One row of metrics."""
+
+    def finish(self, result: Row | None) -> None:
+        """The run's result, or None where it was cut short."""
+
+
+class JsonLines:
+    """metrics.jsonl in the run folder: one row a line; a resumed run drops the rows that it will write again."""
+
+    def __init__(self) -> None:
+        self.path = Path()
+
+    def start(self, run: RunInfo) -> None:
+        """Keep the rows up to the step the run goes on from."""
+        self.path = run.folder / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self._rows() if self._is_past(json.loads(line), run)]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.path)
+
+    def _rows(self) -> Iterator[str]:
+        for line in self.path.read_text().splitlines(keepends=True):
+            # A line cut short by a kill is not a row.
+            with contextlib.suppress(json.JSONDecodeError):
+                json.loads(line)
+                yield line
+
+    @staticmethod
+    def _is_past(row: Row, run: RunInfo) -> bool:
+        return bool(row["step"] <= (run.evaluated if "eval/top1" in row else run.step))
+
+    def log(self, row: Row) -> None:
+        """Append a row."""
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} can't be written: {error.strerror}.") from None
+
+    def finish(self, result: Row | None) -> None:
+        """Nothing is left to do: every row is on disk."""
+
+
+class ConsoleLogger:
+    """A live display on a terminal, plain lines elsewhere; epoch and result lines on both, and in the run's log file."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.started, self.first_step = time.monotonic(), 0
+
+    def start(self, run: RunInfo) -> None:
+        """Open the display."""
+        self.run, self.first_step, self.started = run, run.step, time.monotonic()
+        if self.live:
+            per_epoch = run.total_steps // run.epochs
+            self.steps = self.progress.add_task("step ", total=run.total_steps, completed=run.step, note="")
+            self.epoch = self.progress.add_task("epoch", total=per_epoch, completed=run.step % per_epoch, note="")
+            self.evaluation = self.progress.add_task("eval ", total=None, visible=False, note="")
+            self.progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bars to a step."""
+        if self.live:
+            per_epoch = self.run.total_steps // self.run.epochs
+            self.progress.update(self.steps, completed=step)
+            self.progress.update(
+                self.epoch,
+                completed=(step - 1) % per_epoch + 1,
+                note=f"{(step - 1) // per_epoch + 1}/{self.run.epochs}",
+            )
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Move the evaluation's bar; it is gone when done."""
+        if self.live:
+            self.progress.update(self.evaluation, completed=done, total=total, visible=done < total)
+
+    def log(self, row: Row) -> None:
+        """A line, or on a terminal a note beside the bar, for a train row; a line for an eval row."""
+        if "train/loss" in row:
+            note = (
+                f"loss {row['train/loss']:.4f}  lr {row['train/lr']:.5f}  {row['train/fps']:,.0f} img/s  "
+                f"wait {100 * row['train/data_wait']:.0f} %"
+            )
+            if self.live:
+                self.progress.update(self.steps, note=note)
+                log.info("epoch %s step %s  %s", row["epoch"], row["step"], note)
+            else:
+                self.say(f"epoch {row['epoch']}/{self.run.epochs} step {row['step']}/{self.run.total_steps}  "
+                         f"{note}  eta {self._eta(row['step'])}")
+        else:
+            ema = f"  EMA Acc@1 {row['ema/top1']:.3f}" if "ema/top1" in row else ""
+            self.say(
+                f"epoch {row['epoch']}/{self.run.epochs}  Acc@1 {row['eval/top1']:.3f}  Acc@5 {row['eval/top5']:.3f}  "
+                f"loss {row['eval/loss']:.4f}{ema}  {row['eval/fps']:,.0f} img/s{'  best so far' if row['best'] else ''}"
+            )
+
+    def _eta(self, step: int) -> str:
+        done = step - self.first_step
+        seconds = (self.run.total_steps - step) * (time.monotonic() - self.started) / max(1, done)
+        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02}:{int(seconds % 60):02}"
+
+    def say(self, text: str) -> None:
+        """One line, on the console and in the log file."""
+        self.console.print(text, markup=False)
+        log.info(text)
+
+    def finish(self, result: Row | None) -> None:
+        """Close the display and print the reference's table and final lines."""
+        self.progress.stop()
+        if result is None:
+            return
+        name = f"{result['world_size']}p-{result['device'].upper()}"
+        cells = [name, f"{result['top1']:.3f}", f"{result['fps']:.1f}", str(result["epochs"])]
+        cells += [result["amp"].upper(), result["torch"]]
+        table = Table(*("NAME", "Acc@1", "FPS", "Epochs", "AMP_Type", "Torch_Version"))
+        table.add_row(*cells)
+        self.console.print(table)
+        log.info("NAME | Acc@1 | FPS | Epochs | AMP_Type | Torch_Version: %s", " | ".join(cells))
+        self.say(f"Final Performance images/sec : {result['fps']:.2f}")
+        self.say(f"Final Train Accuracy : {result['top1']:.3f}")
+        self.say(f"E2E Training Duration sec : {result['seconds']:.0f}")
+
+
+class Wandb:
+    """Weights & Biases: nested config, rows over `step`, the best accuracy and FPS as summary.
+
+    A resumed run goes on under the same id. Without a login or a network it records offline and says how to sync.
+    """
+
+    ID_FILE = "wandb_id"
+
+    def __init__(
+        self,
+        project: str,
+        mode: Literal["online", "offline", "disabled"],
+        entity: str | None,
+        group: str | None,
+        name: str | None,
+        tags: list[str],
+        notes: str | None,
+    ) -> None:
+        self.options = {"project": project, "entity": entity, "group": group, "name": name, "notes": notes}
+        self.mode, self.tags = mode, list(tags)
+
+    def start(self, run: RunInfo) -> None:
+        """Start or go on with the run."""
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        id_file = run.folder / self.ID_FILE
+        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        mode = self._mode(wandb)
+        settings = {"id": run_id, "resume": "allow", "dir": str(run.folder), "config": run.config, "tags": self.tags}
+        try:
+            self.run = wandb.init(mode=mode, **settings, **self.options)  # type: ignore[arg-type]
+        except wandb.errors.Error as error:
+            if mode != "online":
+                raise UserError(f"logger=wandb: {error}") from None
+            self._go_offline(f"Weights & Biases can't be reached ({str(error).splitlines()[0]})")
+            self.run = wandb.init(mode="offline", **settings, **self.options)  # type: ignore[arg-type]
+        id_file.write_text(run_id + "\n")
+        self.run.define_metric("step")
+        for prefix in ("train", "eval", "ema"):
+            self.run.define_metric(f"{prefix}/*", step_metric="step")
+
+    def _mode(self, wandb: Any) -> str:  # noqa: ANN401 (the module)
+        if self.mode == "online" and not wandb.api.api_key:
+            self._go_offline("No Weights & Biases login (wandb login, or WANDB_API_KEY)")
+            return "offline"
+        return os.environ.get("WANDB_MODE", self.mode) if self.mode == "online" else self.mode
+
+    def _go_offline(self, why: str) -> None:
+        say(f"{why}: recording offline.")
+
+    def log(self, row: Row) -> None:
+        """One row over `step`."""
+        self.run.log(row)
+
+    def finish(self, result: Row | None) -> None:
+        """Fill the summary and close the run; say how to sync what was recorded offline."""
+        if result is not None:
+            self.run.summary.update({f"best/{key}": result[key] for key in ("top1", "top5", "loss")})
+            self.run.summary["fps"] = result["fps"]
+        offline, folder = self.run.settings._offline, self.run.settings.sync_dir
+        self.run.finish(exit_code=0 if result is not None else 1)
+        if offline and self.mode != "disabled":
+            say(f"Weights & Biases recorded offline. To upload it: wandb sync {folder}")
+
+
+def say(text: str) -> None:
+    """One line on the console and in the log file, where there is no display to go through."""
+    print(text, flush=True)
+    log.info(text)
+
+
+def jsonable(row: Row) -> Row:
+    """A row with numbers that JSON has: NaN and infinities become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -1,0 +1,150 @@
+"""Parameter groups, optimizers, and learning-rate schedules as functions of the step.
+
+To add an optimizer: a function that takes named parameters first and its settings after, and a file in conf/optim/
+whose _target_ names it. A schedule likewise, with a Timeline first.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ghostnet.schema import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+
+NamedParameters = Iterable[tuple[str, Tensor]]
+Schedule = Callable[[int], float]
+"""The learning rate of the update that follows `step` updates."""
+Interval = Literal["step", "epoch"]
+
+IMAGES_PER_LR = 1024
+"""optim.lr is given for this many images a step and scaled with the global batch."""
+
+
+def scaled_lr(lr: float, global_batch_size: int) -> float:
+    """The peak learning rate of a global batch, linear in it (arXiv 1706.02677)."""
+    return lr * global_batch_size / IMAGES_PER_LR
+
+
+def parameter_groups(named: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: weight decay on matrices and kernels, none on one-dimensional parameters (biases, BatchNorm)."""
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    return [
+        {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def sgd(
+    named: NamedParameters, /, lr: Positive, momentum: Fraction, weight_decay: NonNegative, nesterov: bool
+) -> Optimizer:
+    """Stochastic gradient descent with momentum, torch's default implementation for the device."""
+    groups = parameter_groups(named, weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0)
+
+
+def fused_sgd(
+    named: NamedParameters, /, lr: Positive, momentum: Fraction, weight_decay: NonNegative, nesterov: bool
+) -> Optimizer:
+    """The same, one kernel for the whole update: what the reference calls npufusedsgd."""
+    groups = parameter_groups(named, weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
+
+
+def rmsprop(
+    named: NamedParameters, /, lr: Positive, momentum: Fraction, weight_decay: NonNegative, alpha: Fraction, eps: Positive
+) -> Optimizer:
+    """RMSprop with momentum."""
+    groups = parameter_groups(named, weight_decay)
+    return torch.optim.RMSprop(groups, lr=lr, momentum=momentum, alpha=alpha, eps=eps)
+
+
+def adamw(named: NamedParameters, /, lr: Positive, betas: list[float], weight_decay: NonNegative, eps: Positive) -> Optimizer:
+    """AdamW (arXiv 1711.05101), fused."""
+    groups = parameter_groups(named, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a schedule is drawn over: the peak learning rate, epochs before the cool-down, optimizer steps an epoch."""
+
+    peak: float
+    epochs: int
+    steps_per_epoch: int
+
+
+def _schedule(
+    timeline: Timeline,
+    decayed: Callable[[float], float],
+    warmup_epochs: float,
+    warmup_lr: float,
+    min_lr: float,
+    interval: Interval,
+) -> Schedule:
+    """Linear warm-up, then `decayed` of the epoch (fractional unless interval is "epoch"), then min_lr for good."""
+
+    def lr(step: int) -> float:
+        epoch = step / timeline.steps_per_epoch if interval == "step" else float(step // timeline.steps_per_epoch)
+        if epoch < warmup_epochs:
+            return warmup_lr + epoch * (timeline.peak - warmup_lr) / warmup_epochs
+        return decayed(epoch) if epoch < timeline.epochs else min_lr
+
+    return lr
+
+
+def cosine(
+    timeline: Timeline,
+    /,
+    warmup_epochs: NonNegative,
+    warmup_lr: NonNegative,
+    min_lr: NonNegative,
+    cooldown_epochs: NonNegativeInt,
+    interval: Interval,
+) -> Schedule:
+    """Half a cosine from the peak to min_lr over all epochs; with interval="epoch" exactly the reference's formula."""
+
+    def decayed(epoch: float) -> float:
+        return min_lr + 0.5 * (timeline.peak - min_lr) * (1 + math.cos(math.pi * epoch / timeline.epochs))
+
+    return _schedule(timeline, decayed, warmup_epochs, warmup_lr, min_lr, interval)
+
+
+def linear(
+    timeline: Timeline,
+    /,
+    warmup_epochs: NonNegative,
+    warmup_lr: NonNegative,
+    min_lr: NonNegative,
+    cooldown_epochs: NonNegativeInt,
+    interval: Interval,
+) -> Schedule:
+    """A straight line from the peak at the end of the warm-up to min_lr at the last epoch."""
+
+    def decayed(epoch: float) -> float:
+        left = (timeline.epochs - epoch) / max(1e-9, timeline.epochs - warmup_epochs)
+        return min_lr + (timeline.peak - min_lr) * min(1.0, left)
+
+    return _schedule(timeline, decayed, warmup_epochs, warmup_lr, min_lr, interval)
+
+
+def step(
+    timeline: Timeline,
+    /,
+    warmup_epochs: NonNegative,
+    warmup_lr: NonNegative,
+    min_lr: NonNegative,
+    cooldown_epochs: NonNegativeInt,
+    interval: Interval,
+    decay_epochs: PositiveInt,
+    decay_rate: Positive,
+) -> Schedule:
+    """The peak times decay_rate for every decay_epochs that have passed, never below min_lr."""
+
+    def decayed(epoch: float) -> float:
+        return max(min_lr, timeline.peak * decay_rate ** (epoch // decay_epochs))
+
+    return _schedule(timeline, decayed, warmup_epochs, warmup_lr, min_lr, interval)

@@ -1,0 +1,185 @@
+"""Typed signatures as the schema of the config, read without importing the modules that hold them (torch is slow)."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ghostnet.errors import ConfigError
+
+Positive = Annotated[float, "> 0"]
+NonNegative = Annotated[float, ">= 0"]
+PositiveInt = Annotated[int, ">= 1"]
+NonNegativeInt = Annotated[int, ">= 0"]
+Probability = Annotated[float, "in [0, 1]"]
+Fraction = Annotated[float, "in [0, 1)"]
+
+_RANGES = {
+    "> 0": lambda v: v > 0,
+    ">= 0": lambda v: v >= 0,
+    ">= 1": lambda v: v >= 1,
+    "in [0, 1]": lambda v: 0 <= v <= 1,
+    "in [0, 1)": lambda v: 0 <= v < 1,
+}
+_NAMES: dict[str, Any] = {
+    **{name: getattr(typing, name) for name in ("Any", "Annotated", "Literal")},
+    **{name: value for name, value in list(globals().items()) if typing.get_origin(value) is Annotated},
+    **{kind.__name__: kind for kind in (int, float, bool, str, list, dict, tuple)},
+    "None": None,
+}
+REQUIRED = object()
+"""The default of a parameter that has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of a constructor: its type (Any where ours can't be told) and its default or REQUIRED."""
+
+    type: Any
+    default: Any = REQUIRED
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean x?' for the nearest known word, '' where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+@functools.cache
+def signature(target: str) -> dict[str, Parameter]:
+    """The parameters of a function, class or dataclass of this package, by its dotted name, read from its source.
+
+    Raises ConfigError where there is no such module or name. Positional-only parameters belong to the caller, not to
+    the config, and are left out.
+    """
+    module_name, _, name = target.rpartition(".")
+    path = Path(__file__).parent.parent.joinpath(*module_name.split(".")).with_suffix(".py")
+    if not module_name.startswith("ghostnet") or not path.is_file():
+        raise ConfigError(f"_target_: {target} is not in a module of this project.")
+    tree = ast.parse(path.read_text())
+    names = dict(_NAMES)
+    definitions: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            value = _evaluate(node.value, names)
+            if value is not Any:
+                names[node.targets[0].id] = value
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            definitions[node.name] = node
+    if name not in definitions:
+        raise ConfigError(f"_target_: {module_name} has no {name}.{did_you_mean(name, definitions)}")
+    return _parameters(definitions[name], names)
+
+
+def _parameters(node: ast.stmt, names: dict[str, Any]) -> dict[str, Parameter]:
+    if isinstance(node, ast.ClassDef):
+        functions = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+        if not functions:
+            fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+            return {
+                typing.cast(ast.Name, f.target).id: Parameter(
+                    _evaluate(f.annotation, names), _evaluate(f.value, names) if f.value else REQUIRED
+                )
+                for f in fields
+            }
+        node = functions[0]
+    assert isinstance(node, ast.FunctionDef)
+    arguments = [a for a in [*node.args.args, *node.args.kwonlyargs] if a.arg != "self"]
+    defaults: list[ast.expr | None] = [*node.args.defaults, *node.args.kw_defaults]
+    padded = [None] * (len(arguments) - len(defaults)) + defaults
+    return {
+        a.arg: Parameter(
+            _evaluate(a.annotation, names) if a.annotation else Any, REQUIRED if d is None else _evaluate(d, names)
+        )
+        for a, d in zip(arguments, padded, strict=True)
+    }
+
+
+def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:  # noqa: ANN401 (any annotation or default)
+    """The value of an annotation or default that uses only the names above; Any where it uses others."""
+    try:
+        return eval(compile(ast.Expression(node), "<signature>", "eval"), {"__builtins__": {}}, names)
+    except (NameError, AttributeError, TypeError):
+        return Any
+
+
+def fields(schema: type) -> dict[str, Parameter]:
+    """The fields of a dataclass, as signature() gives those of a constructor."""
+    hints = typing.get_type_hints(schema, include_extras=True)
+    return {
+        f.name: Parameter(hints[f.name], REQUIRED if f.default is dataclasses.MISSING else f.default)
+        for f in dataclasses.fields(schema)
+    }
+
+
+def faults(node: Mapping[str, Any], parameters: Mapping[str, Parameter], prefix: str) -> list[str]:
+    """What is wrong with a config node: unknown keys, missing keys, wrong types, values out of range; a line each."""
+    found = []
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if key == "_target_":
+            continue
+        if key not in parameters:
+            known = ", ".join(parameters) or "none"
+            found.append(f"{name}: no such key.{did_you_mean(str(key), parameters)} Known here: {known}.")
+        elif (fault := _fault(value, parameters[key].type)) is not None:
+            found.append(f"{name}={_show(value)}: {fault}.")
+    for key, parameter in parameters.items():
+        if key not in node and parameter.default is REQUIRED:
+            found.append(f"{prefix}{key}: missing.")
+    return found
+
+
+def _fault(value: Any, kind: Any) -> str | None:  # noqa: ANN401 (values of any config)
+    """Why a value is not of a kind, None if it is."""
+    if kind is Any:
+        return None
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        if (fault := _fault(value, arguments[0])) is not None:
+            return f"must be {describe(kind)}"
+        return None if _RANGES[arguments[1]](value) else f"must be {describe(kind)}"
+    if origin is types.UnionType or origin is typing.Union:
+        return None if any(_fault(value, a) is None for a in arguments) else f"must be {describe(kind)}"
+    if origin is Literal:
+        if value in arguments:
+            return None
+        return f"must be {describe(kind)}.{did_you_mean(str(value), map(str, arguments))}".removesuffix(".")
+    if origin is list:
+        if isinstance(value, list):
+            return next((f for item in value if (f := _fault(item, arguments[0]))), None)
+        return f"must be {describe(kind)}"
+    if kind is None or kind is type(None):
+        return None if value is None else "must be null"
+    if kind is float:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        good = isinstance(value, kind)
+    return None if good else f"must be {describe(kind)}"
+
+
+def describe(kind: Any) -> str:  # noqa: ANN401 (any annotation)
+    """A kind in words: 'a number > 0', 'true or false', 'one of a, b'."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return f"{describe(arguments[0])} {arguments[1]}"
+    if origin is types.UnionType or origin is typing.Union:
+        return " or ".join(describe(a) for a in arguments)
+    if origin is Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if origin is list:
+        return f"a list, each {describe(arguments[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a group of keys"}
+    return "null" if kind in (None, type(None)) else words.get(kind, str(kind))
+
+
+def _show(value: Any) -> str:  # noqa: ANN401 (values of any config)
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list | dict) else str(value)

@@ -1,0 +1,27 @@
+"""Randomness as a function: every random draw comes from a seed folded with what it is for, so no state is carried."""
+
+import hashlib
+import random
+
+import torch
+
+
+def fold_in(seed: int, *values: int | str) -> int:
+    """A new 63-bit seed from a seed and what it is for (stream name, epoch, index …), the same on every machine."""
+    text = repr((seed, *values)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
+    """The generator of one sample's augmentation: a function of (seed, epoch, sample index) alone."""
+    return random.Random(fold_in(seed, "augment", epoch, index))
+
+
+def seed_init(seed: int) -> None:
+    """Seed torch's generators before the model is built."""
+    torch.manual_seed(fold_in(seed, "init"))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators, on all devices, before one optimizer step: dropout is a function of (seed, step, rank)."""
+    torch.manual_seed(fold_in(seed, "dropout", step, rank))
