@@ -58,8 +58,8 @@ class Amp:
         """Take over what weights() gave."""
         model.load_state_dict(state)
 
-    def for_evaluation(self, module: nn.Module) -> nn.Module:
-        """An fp32 module, such as the moving average, in the form that forward() takes."""
+    def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """An fp32 module on the device, such as the moving average, in the form that forward() takes."""
         return module
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,6 +85,11 @@ class Bf16(Amp):
         check_bf16(device)
         return super().initialize(model, make_optimizer, device)
 
+    def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module itself; UserError on a card without bfloat16."""
+        check_bf16(device)
+        return module
+
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Fp32 logits (N, C), computed under autocast."""
         with torch.autocast(images.device.type, self.dtype):
@@ -100,41 +105,38 @@ class Fp16(Bf16):
 
     def __init__(self, loss_scale: LossScale) -> None:
         super().__init__()
-        self.scale = None if loss_scale == "dynamic" else float(loss_scale)
-        self.scaler: torch.amp.GradScaler | None = None
+        self.scale = 1.0 if loss_scale == "dynamic" else float(loss_scale)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=loss_scale == "dynamic")
 
     def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
-        """Make torch's GradScaler for the device where the scale is dynamic."""
-        if self.scale is None:
-            self.scaler = torch.amp.GradScaler(device.type)
+        """Make torch's GradScaler for the device; it does nothing where the scale is a number."""
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.scaler.is_enabled())
         return Amp.initialize(self, model, make_optimizer, device)
+
+    def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module itself."""
+        return module
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of loss × scale."""
-        scaled = self.scaler.scale(loss) if self.scaler is not None else loss * self.scale
-        scaled.backward()
+        super().backward(self.scaler.scale(loss * self.scale))
 
     def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
         """Unscale, clip, update; a dynamic scale skips the update on overflow."""
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
-            self._clip(clip_grad_norm)
-            self.scaler.step(optimizer)
-            self.scaler.update()
-            optimizer.zero_grad()
-        else:
-            assert self.scale is not None
-            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.scale)
-            super().step(optimizer, clip_grad_norm)
+        self.scaler.unscale_(optimizer)
+        torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.scale)
+        self._clip(clip_grad_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a dynamic loss scale."""
-        return self.scaler.state_dict() if self.scaler is not None else {}
+        return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a dynamic loss scale."""
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state)
+        self.scaler.load_state_dict(state)
 
 
 class O2(Amp):
@@ -181,7 +183,7 @@ class O2(Amp):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of loss × scale to the half-precision weights."""
-        (loss * self.scale).backward()
+        super().backward(loss * self.scale)
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
@@ -208,8 +210,9 @@ class O2(Amp):
         for name, master in self.masters.items():
             master.copy_(state[name])
 
-    def for_evaluation(self, module: nn.Module) -> nn.Module:
+    def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
         """A half-precision copy."""
+        self.dtype = half_dtype(device)
         return self._to_half(copy.deepcopy(module))
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,9 +295,9 @@ class Apex(Amp):
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The state dict with apex's fp32 masters in place of the half-precision weights."""
-        return {name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()} | {
-            name: master.detach() for name, master in self._masters()
-        }
+        return {
+            name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()
+        } | {name: master.detach() for name, master in self._masters()}
 
     @torch.no_grad()
     def load_weights(self, model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -320,5 +323,3 @@ class Apex(Amp):
         from apex import amp
 
         amp.load_state_dict(state)
-
-

@@ -1,4 +1,4 @@
-"""Compose the config and check it at the door: keys, types, ranges and options, before anything is started or written."""
+"""Compose the config and check keys, types, ranges and options at the door, before anything is started or written."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from ghostnet.errors import ConfigError
 from ghostnet.schema import (
     Fraction,
-    NonNegative,
     Parameter,
     Positive,
     PositiveInt,
@@ -37,13 +36,13 @@ Config = dict[str, Any]
 class TrainConfig:
     """The keys of conf/train.yaml."""
 
-    model: dict
-    data: dict
-    optim: dict
-    schedule: dict
-    amp: dict
-    device: dict
-    logger: dict
+    model: Config
+    data: Config
+    optim: Config
+    schedule: Config
+    amp: Config
+    device: Config
+    logger: Config
     epochs: PositiveInt
     seed: int
     label_smoothing: Fraction
@@ -62,10 +61,10 @@ class EvaluateConfig:
 
     ckpt: str
     ema: bool | None
-    model: dict
-    data: dict
-    amp: dict
-    device: dict
+    model: Config
+    data: Config
+    amp: Config
+    device: Config
 
 
 @dataclass
@@ -82,14 +81,14 @@ class DataConfig:
     """The keys of a data group; dataset, preprocessing, augment and mix have constructors of their own."""
 
     root: str | None
-    dataset: dict
+    dataset: Config
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
     workers: PositiveInt | None
-    preprocessing: dict
+    preprocessing: Config
     image_size: PositiveInt
-    augment: dict
-    mix: dict
+    augment: Config
+    mix: Config
 
 
 @dataclass
@@ -106,7 +105,7 @@ class DeviceConfig:
 class LoggerConfig:
     """The keys of a logger group."""
 
-    wandb: dict | None
+    wandb: Config | None
 
 
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig}
@@ -127,6 +126,38 @@ def resolved(cfg: DictConfig) -> Config:
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def unresolved(cfg: DictConfig) -> Config:
+    """Plain dicts and lists with the interpolations as they were written."""
+    container = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def given_keys(overrides: Sequence[str]) -> list[str]:
+    """The groups and keys that overrides name, in their order."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [o.key_or_group for o in parsed if not o.key_or_group.startswith("hydra")]
+
+
+# What must stay the same within a run; the rest may change: epochs, learning rate, threads, where the data lie.
+FIXED = (
+    *("seed", "accumulate", "ema_decay", "amp._target_", "optim._target_", "schedule.cooldown_epochs"),
+    *("model._target_", "model.width", "model.num_classes", "model.freeze"),
+    *("data.dataset._target_", "data.batch_size", "data.image_size"),
+)
+
+
+def check_same_run(saved: Config, config: Config) -> None:
+    """ConfigError with the differences where a checkpoint's config is of another run than the one to go on."""
+    then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
+    differ = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in FIXED if then.get(key) != now.get(key)]
+    if differ:
+        raise ConfigError(
+            f"resume: the checkpoint is of another run: {'; '.join(differ)}. Repeat its settings, or start a new run "
+            "from its weights with model.weights=PATH."
+        )
 
 
 def flat(node: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -174,21 +205,20 @@ def _hydra() -> Any:  # noqa: ANN401 (a context manager that hydra does not type
 
 
 def _check_job(name: str, overrides: Sequence[str]) -> tuple[Config, list[str]]:
-    """The config of one job, and what is wrong with it; the config is empty where it can't be composed."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    values = [o for o in parsed if not _is_group(o) and not o.key_or_group.startswith("hydra")]
-    others = [o.input_line or "" for o in parsed if o not in values]
-    found = [fault for o in parsed if _is_group(o) and (fault := _group_fault(o))]
-    if found:
-        return {}, found + _key_faults(name, [], values)
-    found = _key_faults(name, others, values)
-    if found:
-        return {}, found
+    """The config of one job, and what is wrong with it; what is wrong is left out of the config."""
+    words = {o.input_line or "": o for o in OverridesParser.create().parse_overrides(list(overrides))}
+    choices = [word for word, o in words.items() if _is_group(o) or o.key_or_group.startswith("hydra")]
+    faulty = {word: fault for word in choices if _is_group(words[word]) and (fault := _group_fault(words[word]))}
     try:
-        config = resolved(compose(name, overrides=list(overrides)))
+        base = compose(name, overrides=[word for word in choices if word not in faulty])
+        faulty |= {word: fault for word, o in words.items() if word not in choices and (fault := _key_fault(base, o))}
+        cfg = compose(name, overrides=[word for word in words if word not in faulty])
+        if missing := OmegaConf.missing_keys(cfg):
+            return {}, [*faulty.values(), *(f"{key}: must be given, {key}=…" for key in sorted(missing))]
+        config = resolved(cfg)
     except (HydraException, OmegaConfBaseException) as error:
-        return {}, [_first_line(error)]
-    return config, check(name, config)
+        return {}, [*faulty.values(), _first_line(error)]
+    return config, [*faulty.values(), *check(name, config)]
 
 
 def groups() -> list[str]:
@@ -215,30 +245,22 @@ def _group_fault(override: Override) -> str | None:
     return f"{group}={value}: no such option.{hint} There are: {', '.join(options(group))}."
 
 
-def _key_faults(name: str, others: list[str], values: list[Override]) -> list[str]:
-    """Overrides of keys that the config does not have, with the nearest that it has."""
-    try:
-        base = compose(name, overrides=others)
-    except (HydraException, OmegaConfBaseException) as error:
-        return [_first_line(error)]
-    known = [key for key, _ in flat({str(k): v for k, v in OmegaConf.to_container(base, resolve=False).items()})]  # type: ignore[union-attr]
-    known = [key for key in known if not key.endswith("_target_")]
-    found = []
-    for override in values:
-        key = override.key_or_group
-        parent, _, leaf = key.rpartition(".")
-        node = OmegaConf.select(base, parent) if parent else base
-        if isinstance(node, DictConfig) and leaf in node:
-            continue
-        siblings = [k for k in known if k.rpartition(".")[0] == parent]
-        hint = did_you_mean(key, siblings) or did_you_mean(key, [*known, *groups()])
-        if not hint:
-            # The right name in the wrong place, such as lr for optim.lr.
-            same = [k for k in known if k.rpartition(".")[2] == leaf]
-            hint = f" Did you mean {same[0]}?" if same else ""
-        inside = f" {parent} has: {', '.join(k.rpartition('.')[2] for k in siblings)}." if siblings and parent else ""
-        found.append(f"{key}: no such key.{hint}{inside}")
-    return found
+def _key_fault(base: DictConfig, override: Override) -> str | None:
+    """Why a key can't be set: the config has none of that name; with the nearest that it has."""
+    key = override.key_or_group
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(base, parent) if parent else base
+    if isinstance(node, DictConfig) and leaf in node:
+        return None
+    known = [k for k, _ in flat(unresolved(base)) if not k.endswith("_target_")]
+    if isinstance(node, DictConfig) and parent:
+        siblings = [str(k) for k in node if k != "_target_"]
+        near = did_you_mean(leaf, siblings).replace("mean ", f"mean {parent}.")
+        return f"{key}: no such key.{near} {parent} has: {', '.join(siblings)}."
+    # Perhaps the right name in the wrong place, such as lr for optim.lr.
+    same = [k for k in known if k.rpartition(".")[2] == leaf]
+    hint = f" Did you mean {same[0]}?" if same and not parent else did_you_mean(key, [*known, *groups()])
+    return f"{key}: no such key.{hint}"
 
 
 def check(name: str, config: Config) -> list[str]:

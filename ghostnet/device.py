@@ -82,7 +82,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def half_dtype(device: torch.device) -> torch.dtype:
-    """The half precision that O2 uses: float16 on cards, bfloat16 on CPUs, whose float16 kernels are slow or missing."""
+    """What O2 calls half: float16 on cards, bfloat16 on CPUs, whose float16 kernels are slow or missing."""
     return torch.bfloat16 if device.type == "cpu" else torch.float16
 
 

@@ -13,7 +13,7 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """decay in (0, 1)."""
+        """Decay in (0, 1)."""
         self.decay = decay
         self.module = copy.deepcopy(model).float().eval().requires_grad_(False)
 

@@ -37,6 +37,8 @@ class TrainState:
     """The step of the last evaluation that finished."""
     best: dict[str, Any] = field(default_factory=dict)
     """The eval row with the best accuracy so far."""
+    train_loss: float = float("nan")
+    """Of the last train row."""
     last: dict[str, Any] = field(default_factory=dict)
     """The eval row of the last evaluation."""
     meter: LossMeter = field(init=False)
@@ -57,6 +59,7 @@ class TrainState:
             "evaluated": self.evaluated,
             "best": self.best,
             "last": self.last,
+            "train_loss": self.train_loss,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -68,7 +71,7 @@ class TrainState:
         self.amp.load_state_dict(state["amp"])
         self.meter.load_state_dict(state["meter"])
         self.step, self.evaluated = state["step"], state["evaluated"]
-        self.best, self.last = state["best"], state["last"]
+        self.best, self.last, self.train_loss = state["best"], state["last"], state["train_loss"]
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,16 @@ class Recipe:
     world_size: int = 1
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 (it is no error)
     """The user or the system asked the run to end."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
+        super().__init__("Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name)
         self.signum = signum
 
 
 class StopSignal:
-    """Within this context Ctrl-C and SIGTERM only ask: check() then raises Interrupted. A second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM only ask: check() then raises Interrupted. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None

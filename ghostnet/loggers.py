@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class JsonLines:
 
 
 class ConsoleLogger:
-    """A live display on a terminal, plain lines elsewhere; epoch and result lines on both, and in the run's log file."""
+    """A live display on a terminal, plain lines elsewhere; lines of epochs and results on both, and in train.log."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
@@ -142,13 +143,16 @@ class ConsoleLogger:
                 self.progress.update(self.steps, note=note)
                 log.info("epoch %s step %s  %s", row["epoch"], row["step"], note)
             else:
-                self.say(f"epoch {row['epoch']}/{self.run.epochs} step {row['step']}/{self.run.total_steps}  "
-                         f"{note}  eta {self._eta(row['step'])}")
+                self.say(
+                    f"epoch {row['epoch']}/{self.run.epochs} step {row['step']}/{self.run.total_steps}  "
+                    f"{note}  eta {self._eta(row['step'])}"
+                )
         else:
             ema = f"  EMA Acc@1 {row['ema/top1']:.3f}" if "ema/top1" in row else ""
             self.say(
                 f"epoch {row['epoch']}/{self.run.epochs}  Acc@1 {row['eval/top1']:.3f}  Acc@5 {row['eval/top5']:.3f}  "
-                f"loss {row['eval/loss']:.4f}{ema}  {row['eval/fps']:,.0f} img/s{'  best so far' if row['best'] else ''}"
+                f"loss {row['eval/loss']:.4f}{ema}  {row['eval/fps']:,.0f} img/s"
+                f"{'  best so far' if row['best'] else ''}"
             )
 
     def _eta(self, step: int) -> str:
@@ -178,6 +182,32 @@ class ConsoleLogger:
         self.say(f"E2E Training Duration sec : {result['seconds']:.0f}")
 
 
+class EvalProgress:
+    """A bar over the images of an evaluation, on a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self.console = Console()
+        self.progress = Progress(
+            *Progress.get_default_columns(),
+            MofNCompleteColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("eval", total=total)
+
+    def advance(self, images: int) -> None:
+        """Move the bar by so many images."""
+        self.progress.advance(self.task, images)
+
+    def __enter__(self) -> "EvalProgress":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+
 class Wandb:
     """Weights & Biases: nested config, rows over `step`, the best accuracy and FPS as summary.
 
@@ -205,7 +235,7 @@ class Wandb:
         import wandb
 
         id_file = run.folder / self.ID_FILE
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
         mode = self._mode(wandb)
         settings = {"id": run_id, "resume": "allow", "dir": str(run.folder), "config": run.config, "tags": self.tags}
         try:

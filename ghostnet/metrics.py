@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class LossMeter:
-    """The mean loss since the last reading, and the first step whose loss was not finite; never waits for the device."""
+    """The mean loss since the last reading, and the first step whose loss was not finite, both on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.total = torch.zeros((), device=device)

@@ -55,14 +55,22 @@ def fused_sgd(
 
 
 def rmsprop(
-    named: NamedParameters, /, lr: Positive, momentum: Fraction, weight_decay: NonNegative, alpha: Fraction, eps: Positive
+    named: NamedParameters,
+    /,
+    lr: Positive,
+    momentum: Fraction,
+    weight_decay: NonNegative,
+    alpha: Fraction,
+    eps: Positive,
 ) -> Optimizer:
     """RMSprop with momentum."""
     groups = parameter_groups(named, weight_decay)
     return torch.optim.RMSprop(groups, lr=lr, momentum=momentum, alpha=alpha, eps=eps)
 
 
-def adamw(named: NamedParameters, /, lr: Positive, betas: list[float], weight_decay: NonNegative, eps: Positive) -> Optimizer:
+def adamw(
+    named: NamedParameters, /, lr: Positive, betas: list[float], weight_decay: NonNegative, eps: Positive
+) -> Optimizer:
     """AdamW (arXiv 1711.05101), fused."""
     groups = parameter_groups(named, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
@@ -145,6 +153,6 @@ def step(
     """The peak times decay_rate for every decay_epochs that have passed, never below min_lr."""
 
     def decayed(epoch: float) -> float:
-        return max(min_lr, timeline.peak * decay_rate ** (epoch // decay_epochs))
+        return max(min_lr, timeline.peak * float(decay_rate ** (epoch // decay_epochs)))
 
     return _schedule(timeline, decayed, warmup_epochs, warmup_lr, min_lr, interval)

@@ -47,7 +47,7 @@ class Parameter:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean x?' for the nearest known word, '' where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else ""
 
 
@@ -142,7 +142,7 @@ def _fault(value: Any, kind: Any) -> str | None:  # noqa: ANN401 (values of any 
         return None
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        if (fault := _fault(value, arguments[0])) is not None:
+        if _fault(value, arguments[0]) is not None:
             return f"must be {describe(kind)}"
         return None if _RANGES[arguments[1]](value) else f"must be {describe(kind)}"
     if origin is types.UnionType or origin is typing.Union:
@@ -150,11 +150,14 @@ def _fault(value: Any, kind: Any) -> str | None:  # noqa: ANN401 (values of any 
     if origin is Literal:
         if value in arguments:
             return None
-        return f"must be {describe(kind)}.{did_you_mean(str(value), map(str, arguments))}".removesuffix(".")
+        near = did_you_mean(str(value), map(str, arguments)).strip()
+        return f"must be {describe(kind)}{f' ({near})' if near else ''}"
     if origin is list:
         if isinstance(value, list):
             return next((f for item in value if (f := _fault(item, arguments[0]))), None)
         return f"must be {describe(kind)}"
+    if origin is dict:
+        return None if isinstance(value, dict) else f"must be {describe(kind)}"
     if kind is None or kind is type(None):
         return None if value is None else "must be null"
     if kind is float:
@@ -177,9 +180,14 @@ def describe(kind: Any) -> str:  # noqa: ANN401 (any annotation)
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin is list:
         return f"a list, each {describe(arguments[0])}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a group of keys"}
+    if origin is dict:
+        return "a group of keys"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return "null" if kind in (None, type(None)) else words.get(kind, str(kind))
 
 
 def _show(value: Any) -> str:  # noqa: ANN401 (values of any config)
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list | dict) else str(value)
+    """A value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

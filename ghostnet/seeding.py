@@ -23,5 +23,5 @@ def seed_init(seed: int) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators, on all devices, before one optimizer step: dropout is a function of (seed, step, rank)."""
+    """Seed torch's generators on all devices before a forward pass: dropout is a function of (seed, step, rank)."""
     torch.manual_seed(fold_in(seed, "dropout", step, rank))

@@ -1,6 +1,7 @@
 """Make the samples from the original files of Fashion-MNIST: python samples/make.py [FOLDER OF THE FOUR FILES].
 
-The first 600 training and the first 100 test images of each class, in their original order, as the same gzipped IDX files.
+The first 600 training and 100 test images of each class, in their original order, as gzipped IDX files like the
+originals.
 Same input, same bytes.
 """
 

@@ -18,7 +18,7 @@ from ghostnet.schema import PositiveInt, did_you_mean
 from ghostnet.seeding import fold_in
 
 Split = Literal["train", "val"]
-Labels = np.ndarray[tuple[int], np.dtype[np.int64]]
+Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -112,7 +112,9 @@ class FashionMnist:
         self.pictures = read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
         labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
         if len(labels) != len(self.pictures) or not len(labels) or labels.max() >= len(self.classes):
-            raise UserError(f"{folder}: {len(self.pictures)} pictures and {len(labels)} labels of {prefix} don't agree.")
+            raise UserError(
+                f"{folder}: {len(self.pictures)} pictures and {len(labels)} labels of {prefix} don't agree."
+            )
         self.labels: Labels = labels.astype(np.int64)
 
     @staticmethod
@@ -154,7 +156,7 @@ class FashionMnist:
 
 
 class Samples(FashionMnist):
-    """6,000 + 1,000 images of Fashion-MNIST that ship with the project, class-balanced; root null: the project's own."""
+    """6,000 + 1,000 images of Fashion-MNIST, class-balanced, that ship with the project. root null: its own folder."""
 
     def __init__(self, split: Split, /, root: str | None) -> None:
         super().__init__(split, str(REPOSITORY / "samples") if root is None else root)
@@ -164,7 +166,14 @@ class Synthetic:
     """Noise of the right size without decoding or disk, for speed runs; a class shows as brightness."""
 
     def __init__(
-        self, split: Split, /, root: str | None, image_size: PositiveInt, num_classes: PositiveInt, num_train: PositiveInt, num_val: PositiveInt
+        self,
+        split: Split,
+        /,
+        root: str | None,
+        image_size: PositiveInt,
+        num_classes: PositiveInt,
+        num_train: PositiveInt,
+        num_val: PositiveInt,
     ) -> None:
         self.classes = [f"class{index}" for index in range(num_classes)]
         self.labels: Labels = np.arange(num_train if split == "train" else num_val, dtype=np.int64) % num_classes

@@ -39,7 +39,7 @@ class Preprocessing:
     interpolation: Interpolation
 
     def __call__(self, image: Image.Image) -> Array:
-        """Resize the shorter side, antialiased, then cut the centre. -> uint8 (S, S, 3), or (S, S) of a grey picture."""
+        """Resize the shorter side, antialiased, then cut the centre -> uint8 (S, S, 3), of a grey picture (S, S)."""
         size = self.image_size
         shorter = math.floor(size / self.crop)
         width, height = image.size
@@ -150,7 +150,7 @@ def erase(image: Array, preprocessing: Preprocessing, rng: random.Random) -> Arr
             top, left = rng.randint(0, height - h), rng.randint(0, width - w)
             noise = np.random.default_rng(rng.getrandbits(64)).standard_normal((h, w, *image.shape[2:]), np.float32)
             channels = slice(None) if image.ndim == 3 else 0
-            mean, std = np.float32(preprocessing.mean)[channels], np.float32(preprocessing.std)[channels]
+            mean, std = (np.array(v, np.float32)[channels] for v in (preprocessing.mean, preprocessing.std))
             image = image.copy()
             image[top : top + h, left : left + w] = (255 * (noise * std + mean)).clip(0, 255).astype(np.uint8)
             return image
@@ -189,7 +189,7 @@ def apply(image: Image.Image, name: str, value: float) -> Image.Image:
     from torchvision.transforms import functional as F
 
     degrees = math.degrees(math.atan(value)) if name.startswith("shear") else 0.0
-    changed: Image.Image = {
+    operations: dict[str, Callable[[], Image.Image]] = {
         "identity": lambda: image,
         "shear_x": lambda: F.affine(image, 0.0, [0, 0], 1.0, [degrees, 0.0], center=[0, 0]),
         "shear_y": lambda: F.affine(image, 0.0, [0, 0], 1.0, [0.0, degrees], center=[0, 0]),
@@ -204,8 +204,8 @@ def apply(image: Image.Image, name: str, value: float) -> Image.Image:
         "solarize": lambda: F.solarize(image, value),
         "autocontrast": lambda: F.autocontrast(image),
         "equalize": lambda: F.equalize(image),
-    }[name]()
-    return changed
+    }
+    return operations[name]()
 
 
 @dataclass(frozen=True)

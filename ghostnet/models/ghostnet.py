@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghostnet.models.layers import Bottleneck, round_channels
+from ghostnet.schema import Fraction, Positive, PositiveInt
 
 # Table 1 of the paper at width 1.0, one line per stage and as many stages as the published names count.
 # Each bottleneck: kernel, expanded channels, output channels, squeeze-excite, stride.
@@ -34,7 +35,7 @@ class GhostNet(nn.Module):
     Weights start as torch initialises them (Kaiming uniform): the authors' code and timm set nothing else.
     """
 
-    def __init__(self, num_classes: int = 1000, width: float = 1.0, dropout: float = 0.2) -> None:
+    def __init__(self, num_classes: PositiveInt = 1000, width: Positive = 1.0, dropout: Fraction = 0.2) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")

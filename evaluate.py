@@ -1,0 +1,119 @@
+"""Evaluate a checkpoint: python evaluate.py ckpt=FILE|RUN_FOLDER [data.root=…] -> Acc@1, Acc@5, loss, FPS."""
+
+import json
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ghostnet import launch
+from ghostnet.config import Config, build, check, given_keys, resolved
+from ghostnet.errors import ConfigError, UserError, explain
+
+
+def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """One evaluation, in flow order: checkpoint, device, data, model, counts. -> What the last line prints."""
+    import torch
+
+    from ghostnet import checkpoint, engine
+    from ghostnet.data.loader import EvalLoader, Feeder
+    from ghostnet.device import cpu_count, describe, memory_format, resolve
+    from ghostnet.loggers import EvalProgress
+    from ghostnet.models.weights import load_weights, read_file
+
+    # Checkpoint
+    path = checkpoint.find(cfg.ckpt, checkpoint.BEST)
+    saved = read_file(path)
+    own = checkpoint.is_own(saved)
+    config = with_saved(cfg, saved["config"], overrides) if own else resolved(cfg)
+
+    # Device, data
+    device = resolve(config["device"]["kind"], (config["device"]["ids"] or [0])[0])
+    data = config["data"]
+    val_set = build(data["dataset"], "val")
+    feeder = Feeder(device, data["workers"] or cpu_count(), data["image_size"])
+    loader = EvalLoader(val_set, build(data["preprocessing"]), data["eval_batch_size"], feeder)
+
+    # Model
+    num_classes = config["model"]["num_classes"] or (saved["num_classes"] if own else len(val_set.classes))
+    if own and saved["classes"] != val_set.classes and len(val_set.classes) <= num_classes:
+        print(f"note: the classes of the data are not those of the training ({_first_difference(saved, val_set)})")
+    if num_classes < len(val_set.classes):
+        raise UserError(f"{path} tells {num_classes} classes apart, but the data have {len(val_set.classes)}.")
+    constructor = {k: v for k, v in config["model"].items() if k not in ("num_classes", "weights", "freeze")}
+    model = build(constructor, num_classes=num_classes)
+    use_ema = own and saved["ema"] is not None and config["ema"] is not False
+    if config["ema"] and not use_ema:
+        raise ConfigError(f"ema=true, but {path} holds no moving average.")
+    if own:
+        model.load_state_dict(saved["ema"] if use_ema else saved["model"])
+    elif messages := load_weights(model, path):
+        raise UserError(
+            f"{'; '.join(messages)}: an untrained classifier can't be evaluated. The data must have as many."
+        )
+    amp = build(config["amp"])
+    model = amp.for_evaluation(model.to(device, memory_format=memory_format(device)), device)
+    print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {device}: {describe(device)}")
+
+    # Counts
+    with EvalProgress(len(val_set)) as progress:
+        result = engine.evaluate(model, amp, loader, progress.advance)
+    feeder.close()
+    return {
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "fps": result.fps,
+        "top1_hits": result.top1_hits,
+        "top5_hits": result.top5_hits,
+        "images": result.count,
+        "ckpt": str(path),
+        "step": saved["step"] if own else None,
+        "ema": use_ema,
+        "amp": amp.name,
+        "device": device.type,
+        "torch": torch.__version__,
+    }
+
+
+def with_saved(cfg: DictConfig, saved: dict[str, Any], overrides: list[str]) -> Config:
+    """The config of the command, with the checkpoint's model, data and precision where the command names none."""
+    merged = OmegaConf.create(saved)
+    OmegaConf.set_struct(merged, False)
+    for key in ("device", "ema", "ckpt"):
+        merged[key] = cfg[key]
+    for key in given_keys(overrides):
+        # A group that was chosen replaces the checkpoint's, a single key changes one value of it.
+        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
+    config = resolved(merged)
+    faults = check("evaluate", {key: config[key] for key in ("ckpt", "ema", "model", "data", "amp", "device")})
+    if faults:
+        raise ConfigError("\n       ".join(faults))
+    return config
+
+
+def _first_difference(saved: dict[str, Any], val_set: Any) -> str:  # noqa: ANN401 (any data set)
+    pairs = zip([*saved["classes"], None], [*val_set.classes, None], strict=False)
+    then, now = next((a, b) for a, b in pairs if a != b)
+    return f"{len(saved['classes'])} and {len(val_set.classes)}; the first that differs: {then} then, {now} now"
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+def main(cfg: DictConfig) -> float:
+    """Evaluate and print; faults end in one message."""
+    try:
+        result = run(cfg, list(HydraConfig.get().overrides.task))
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        launch.say(f"error: {message}")
+        raise SystemExit(1) from None
+    print(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  FPS {result['fps']:.1f}")
+    print(json.dumps(result), flush=True)
+    return float(result["top1"])
+
+
+if __name__ == "__main__":
+    launch.enter("evaluate", main, owns_folder=False)

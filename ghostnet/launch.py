@@ -1,0 +1,199 @@
+"""From a command line to jobs: the door, the run's folder, what becomes of a job's errors, the table of a sweep."""
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ghostnet.config import Checked, Config, check_command, resolved, unresolved
+from ghostnet.errors import ConfigError, UserError, explain
+
+log = logging.getLogger("ghostnet")
+
+typed: list[str] = sys.argv[1:]
+"""The command line as the user typed it."""
+failed: list[Path] = []
+"""The folders of the jobs that failed in this process."""
+made: list[Path] = []
+"""The run folder that this process made, if it did."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run is told."""
+
+    cfg: Config
+    """Every value, resolved."""
+    raw: Config
+    """The same with its interpolations, as a checkpoint keeps it."""
+    folder: Path
+    """The run folder."""
+    command: str
+    """What the user typed."""
+
+
+def say(text: str) -> None:
+    """One message to the user, beside the program's results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def command_line(words: list[str]) -> str:
+    """The words as they would be typed again."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *words])
+
+
+def enter(name: str, launch: Callable[[], Any], owns_folder: bool) -> None:
+    """Check the whole command, settle its folder, and launch; exits with 1 where anything failed.
+
+    name: the primary config. owns_folder: whether a job leaves a run folder behind.
+    """
+    args = get_args_parser().parse_args()
+    asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
+    folder = None
+    try:
+        if not (args.help or args.hydra_help or args.shell_completion):
+            checked = check_command(args.config_name or name, args.overrides, args.multirun)
+            if owns_folder and not asks:
+                folder = claim_folder(args.multirun, checked)
+        launch()
+    except ConfigError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("stopped at once, as asked.")
+        sys.exit(130)
+    finally:
+        if folder is not None and args.multirun:
+            print_table(folder)
+    if failed:
+        sys.exit(1)
+
+
+def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None:
+    """Run a job; its faults end in one message. In a sweep they are noted and the next job goes on. -> Acc@1."""
+    from ghostnet.engine import Interrupted
+
+    hydra = HydraConfig.get()
+    folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
+    job = Job(resolved(cfg), unresolved(cfg), folder, command_line(typed))
+    if sweep:
+        print(f"\njob {hydra.job.num}: {' '.join(hydra.overrides.task)} -> {folder}", flush=True)
+    try:
+        OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
+        result = run(job)
+        write_json(folder / "result.json", result)
+        return float(result["top1"])
+    except Interrupted as stop:
+        again = typed if sweep else [word for word in typed if not word.startswith(("resume=", "hydra.run.dir="))]
+        again = again if sweep else [*again, f"hydra.run.dir={os.path.relpath(folder)}", "resume=auto"]
+        say(f"{stop}: {folder / 'last.pt'} is saved. To go on:\n  {command_line(again)}")
+        raise SystemExit(128 + stop.signum) from None
+    except Exception as error:
+        message = explain(error)
+        if message is None and not sweep:
+            raise
+        log.exception("failed")
+        say(f"error: {message or f'{type(error).__name__}: {error}'}")
+        failed.append(folder)
+        if sweep:
+            with contextlib.suppress(OSError):
+                write_json(folder / "result.json", {"status": "failed", "error": message or repr(error)})
+        elif folder in made and not (folder / "metrics.jsonl").exists():
+            # Nothing was begun: leave no empty run behind.
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.removedirs(folder.parent)
+        return None
+
+
+def claim_folder(multirun: bool, checked: Checked) -> Path:
+    """Settle the folder of a run or sweep: the given one, else that of the run to go on with, else a new one.
+
+    ConfigError where a new run would overwrite another.
+    """
+    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    folder = Path(checked.hydra.sweep.dir if multirun else checked.hydra.run.dir)
+    resume = checked.jobs[0]["resume"]
+    if any(word.lstrip("+").startswith(f"{key}=") for word in typed):
+        if not multirun and resume is None and any(folder.glob("*.pt")):
+            raise ConfigError(
+                f"{folder} holds a run already. resume=auto goes on with it; for a new run give another hydra.run.dir."
+            )
+    elif resume not in (None, "auto") and not multirun:
+        path = Path(resume).expanduser()
+        folder = path if path.is_dir() else path.parent
+    else:
+        folder = _make_new(folder)
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    sys.argv.append(f"{key}='{quoted}'")
+    return folder
+
+
+def _make_new(folder: Path) -> Path:
+    """A folder made by nobody else: runs that start in the same second get -2, -3 … behind the name."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 1000):
+            candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                candidate.mkdir()
+                made.append(candidate.absolute())
+                return candidate
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}. Choose a folder with hydra.run.dir=…") from None
+    raise ConfigError(f"{folder} and 999 like it exist. Choose a folder with hydra.run.dir=…")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all; UserError where it can't be."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}.") from None
+
+
+def print_table(folder: Path) -> None:
+    """All jobs of a sweep folder, best first, with the overrides in which they differ."""
+    from rich.console import Console
+    from rich.table import Table
+
+    jobs: list[tuple[dict[str, Any], str, list[str]]] = []
+    for job in sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name)):
+        result: dict[str, Any] = {"status": "cut off"}
+        with contextlib.suppress(OSError, ValueError):
+            result = json.loads((job / "result.json").read_text())
+        overrides = [str(word) for word in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
+        jobs.append((result, job.name, overrides))
+    if not jobs:
+        return
+    shared = set.intersection(*(set(words) for _, _, words in jobs)) if len(jobs) > 1 else set()
+    jobs.sort(key=lambda job: -job[0].get("top1", -1.0))
+    table = Table("job", "overrides", *(heading for heading, _, _ in COLUMNS), "status")
+    for result, number, words in jobs:
+        cells = [format(result[key], spec) if key in result else "–" for _, key, spec in COLUMNS]
+        table.add_row(number, " ".join(word for word in words if word not in shared), *cells, result["status"])
+    Console().print(table)
+    print(f"sweep folder: {folder}", flush=True)
+
+
+COLUMNS = (
+    ("Acc@1", "top1", ".3f"),
+    ("Acc@5", "top5", ".3f"),
+    ("loss", "loss", ".4f"),
+    ("FPS", "fps", ".1f"),
+    ("seconds", "seconds", ".0f"),
+)
