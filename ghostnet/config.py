@@ -260,7 +260,7 @@ def _key_fault(base: DictConfig, override: Override) -> str | None:
     # Perhaps the right name in the wrong place, such as lr for optim.lr.
     same = [k for k in known if k.rpartition(".")[2] == leaf]
     hint = f" Did you mean {same[0]}?" if same and not parent else did_you_mean(key, [*known, *groups()])
-    return f"{key}: no such key.{hint}"
+    return f"{key or override.input_line}: no such key.{hint}"
 
 
 def check(name: str, config: Config) -> list[str]:

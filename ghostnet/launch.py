@@ -27,7 +27,7 @@ typed: list[str] = sys.argv[1:]
 failed: list[Path] = []
 """The folders of the jobs that failed in this process."""
 made: list[Path] = []
-"""The run folder that this process made, if it did."""
+"""The folders that this process made for its run, innermost last."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None
             # Nothing was begun: leave no empty run behind.
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
-                os.removedirs(folder.parent)
+                for path in reversed(made[:-1]):
+                    path.rmdir()
         return None
 
 
@@ -144,6 +145,7 @@ def claim_folder(multirun: bool, checked: Checked) -> Path:
 def _make_new(folder: Path) -> Path:
     """A folder made by nobody else: runs that start in the same second get -2, -3 … behind the name."""
     try:
+        made.extend(path for path in reversed(folder.absolute().parents) if not path.exists())
         folder.parent.mkdir(parents=True, exist_ok=True)
         for number in range(1, 1000):
             candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
