@@ -4,7 +4,7 @@ The loop calls forward, backward and step, and never asks which one it has.
 """
 
 import copy
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -135,8 +135,9 @@ class Fp16(Bf16):
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of a dynamic loss scale."""
-        self.scaler.load_state_dict(state)
+        """Take over the state of a dynamic loss scale; a number stays, and a run that had one starts a new scale."""
+        if state:
+            self.scaler.load_state_dict(state)
 
 
 class O2(Amp):
@@ -158,6 +159,8 @@ class O2(Amp):
         self.clean_steps = 0
         self.dtype = torch.float16
         self.masters: dict[str, Tensor] = {}
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        """(half-precision weight, its master) of all that is trained, but BatchNorm's."""
 
     def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
         """Keep fp32 masters of all parameters but BatchNorm's, which stay fp32 and are their own masters."""
@@ -216,12 +219,13 @@ class O2(Amp):
         return self._to_half(copy.deepcopy(module))
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scale and the count of clean steps."""
-        return {"scale": self.scale, "clean_steps": self.clean_steps}
+        """A dynamic loss scale and its count of clean steps."""
+        return {"scale": self.scale, "clean_steps": self.clean_steps} if self.dynamic else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the loss scale and the count of clean steps."""
-        self.scale, self.clean_steps = state["scale"], state["clean_steps"]
+        """Take over a dynamic loss scale; a number stays, and a run that had one starts a new scale."""
+        if self.dynamic and state:
+            self.scale, self.clean_steps = state["scale"], state["clean_steps"]
 
     def _to_half(self, model: nn.Module) -> nn.Module:
         # BatchNorm stays fp32: half-precision running variances drift.
@@ -252,12 +256,14 @@ class Apex(Amp):
 
     def __init__(self, loss_scale: LossScale) -> None:
         super().__init__()
-        if importlib.util.find_spec("apex") is None or importlib.util.find_spec("apex.amp") is None:
+        try:
+            self.apex = importlib.import_module("apex.amp")
+        except Exception as error:  # another package of that name may fail in any way
             raise UserError(
                 "amp=apex needs Ascend's apex, which is built from source: github.com/Ascend/apex, "
                 "bash scripts/build.sh --python=3.x, then install the wheel it makes (the package named apex in the "
-                "Python package index is something else). amp=o2 does the same without it."
-            )
+                f"Python package index is something else). amp=o2 does the same without it. ({error})"
+            ) from None
         self.loss_scale = loss_scale
         self.optimizer: Optimizer | None = None
         self.names: list[str] = []
@@ -265,33 +271,29 @@ class Apex(Amp):
 
     def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
         """Hand model and optimizer to apex.amp.initialize."""
-        from apex import amp
-
         optimizer = super().initialize(model, make_optimizer, device)
         name_of = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
         options: dict[str, Any] = {"combine_grad": True} if device.type == "npu" else {}
-        _, self.optimizer = amp.initialize(
+        _, self.optimizer = self.apex.initialize(
             model, optimizer, opt_level="O2", loss_scale=self.loss_scale, verbosity=0, **options
         )
+        # apex makes the masters when the optimizer is first used; a checkpoint must find them there.
+        self.optimizer.zero_grad()
         return self.optimizer
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of loss × scale."""
-        from apex import amp
-
-        with amp.scale_loss(loss, self.optimizer) as scaled:
+        with self.apex.scale_loss(loss, self.optimizer) as scaled:
             scaled.backward()
 
     def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
         """Clip on the masters, update."""
-        from apex import amp
-
         if clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(list(amp.master_params(optimizer)), clip_grad_norm)
+            nn.utils.clip_grad_norm_(list(self.apex.master_params(optimizer)), clip_grad_norm)
         optimizer.step()
-        # combine_grad keeps all gradients in one buffer, which must stay.
-        optimizer.zero_grad(set_to_none=False)
+        # Without set_to_none, which apex's own zero_grad doesn't take: it knows which gradients must stay.
+        optimizer.zero_grad()
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The state dict with apex's fp32 masters in place of the half-precision weights."""
@@ -306,20 +308,14 @@ class Apex(Amp):
         for name, master in self._masters():
             master.copy_(state[name])
 
-    def _masters(self) -> Iterable[tuple[str, Tensor]]:
-        from apex import amp
-
-        return zip(self.names, amp.master_params(self.optimizer), strict=True)
-
     def state_dict(self) -> dict[str, Any]:
         """The loss scalers of apex."""
-        from apex import amp
-
-        state: dict[str, Any] = amp.state_dict()
+        state: dict[str, Any] = self.apex.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the loss scalers of apex."""
-        from apex import amp
+        self.apex.load_state_dict(state)
 
-        amp.load_state_dict(state)
+    def _masters(self) -> Iterable[tuple[str, Tensor]]:
+        return zip(self.names, self.apex.master_params(self.optimizer), strict=True)

@@ -1,5 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
+import contextlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,15 @@ def save(state: dict[str, Any], path: Path) -> None:
 
     UserError where the disk is full or the folder can't be written; the file that was there before stays as it was.
     """
+    # By way of memory: torch's zip writer turns a failed write into an error of its own.
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left_by_killed in path.parent.glob(f".{path.name}.*.tmp"):
+            left_by_killed.unlink(missing_ok=True)
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -30,15 +37,14 @@ def save(state: dict[str, Any], path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer turns a failed write into a RuntimeError.
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except OSError as error:
         raise UserError(
-            f"{path} can't be written: {reason}. The last whole checkpoint is kept. Free some space or choose another "
-            "folder with hydra.run.dir=…, then go on with resume=…"
+            f"{path} can't be written: {error.strerror}. The last whole checkpoint is kept. Free some space or choose "
+            "another folder with hydra.run.dir=…, then go on with resume=…"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -250,7 +250,8 @@ def _key_fault(base: DictConfig, override: Override) -> str | None:
     key = override.key_or_group
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(base, parent) if parent else base
-    if isinstance(node, DictConfig) and leaf in node:
+    # A value still to be given, ???, counts as a key only in keys().
+    if isinstance(node, DictConfig) and leaf in list(node.keys()):
         return None
     known = [k for k, _ in flat(unresolved(base)) if not k.endswith("_target_")]
     if isinstance(node, DictConfig) and parent:

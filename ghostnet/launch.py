@@ -1,6 +1,7 @@
 """From a command line to jobs: the door, the run's folder, what becomes of a job's errors, the table of a sweep."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -126,36 +127,42 @@ def claim_folder(multirun: bool, checked: Checked) -> Path:
     """
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     folder = Path(checked.hydra.sweep.dir if multirun else checked.hydra.run.dir)
+    given = any(word.lstrip("+").startswith(f"{key}=") for word in typed)
     resume = checked.jobs[0]["resume"]
-    if any(word.lstrip("+").startswith(f"{key}=") for word in typed):
-        if not multirun and resume is None and any(folder.glob("*.pt")):
-            raise ConfigError(
-                f"{folder} holds a run already. resume=auto goes on with it; for a new run give another hydra.run.dir."
-            )
-    elif resume not in (None, "auto") and not multirun:
+    if given and not multirun and resume is None and any(folder.glob("*.pt")):
+        raise ConfigError(
+            f"{folder} holds a run already. resume=auto goes on with it; for a new run give another hydra.run.dir."
+        )
+    if not given and not multirun and resume not in (None, "auto"):
         path = Path(resume).expanduser()
         folder = path if path.is_dir() else path.parent
-    else:
-        folder = _make_new(folder)
+        given = True
+    try:
+        folder = _make(folder, its_own=not given)
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be made: {error.strerror}. Choose another folder with {key}=…") from None
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     sys.argv.append(f"{key}='{quoted}'")
     return folder
 
 
-def _make_new(folder: Path) -> Path:
-    """A folder made by nobody else: runs that start in the same second get -2, -3 … behind the name."""
-    try:
-        made.extend(path for path in reversed(folder.absolute().parents) if not path.exists())
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 1000):
-            candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-            with contextlib.suppress(FileExistsError):
-                candidate.mkdir()
-                made.append(candidate.absolute())
-                return candidate
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}. Choose a folder with hydra.run.dir=…") from None
-    raise ConfigError(f"{folder} and 999 like it exist. Choose a folder with hydra.run.dir=…")
+def _make(folder: Path, its_own: bool) -> Path:
+    """Make a folder and its parents; its_own: one that was not there, with -2, -3 … behind its name if need be."""
+    made.extend(path for path in reversed(folder.absolute().parents) if not path.exists())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    candidates = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    for candidate in itertools.chain([folder], candidates):
+        if candidate.is_dir() and not its_own:
+            return candidate
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            if not its_own:
+                raise
+        else:
+            made.append(candidate.absolute())
+            return candidate
+    raise AssertionError
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -44,9 +44,14 @@ class LossMeter:
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Count top-1 and top-5 hits. logits (N, C), labels (N,) -> int64 (2,) on the device. C below 5: top-5 is all."""
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([top[:, 0].sum(), top.sum()])
+    """Count top-1 and top-5 hits. logits (N, C), labels (N,) -> int64 (2,) on the device. C below 5: top-5 is all.
+
+    Of equal logits, common in half precision, the lower class goes first; NaN goes before all.
+    """
+    label, own = labels[:, None], logits.gather(1, labels[:, None])
+    lower = torch.arange(logits.shape[1], device=logits.device) < label
+    ahead = (~(logits <= own) | (logits == own) & lower).sum(1)
+    return torch.stack([(ahead < 1).sum(), (ahead < 5).sum()])
 
 
 @dataclass
@@ -87,7 +92,7 @@ class Speedometer:
     """Since the last reading, as are the next three."""
     waited: float = 0.0
     started: float = field(default_factory=time.perf_counter)
-    cold_fps: float = 0.0
+    cold: tuple[float, float] = (0.0, 0.0)
     """The last reading within the warm-up."""
     total_images: int = 0
     """Since the warm-up, as are the next two."""
@@ -111,22 +116,23 @@ class Speedometer:
 
     def read(self) -> tuple[float, float]:
         """(images per second, share of time waiting for data) since the last reading; the clock starts anew."""
-        seconds, images, waited = time.perf_counter() - self.started, self.images, self.waited
+        seconds = time.perf_counter() - self.started
+        reading = self.images / seconds, self.waited / seconds
         if self.steps > self.warmup:
-            self.total_images += images
+            self.total_images += self.images
             self.total_seconds += seconds
-            self.total_waited += waited
+            self.total_waited += self.waited
         else:
-            self.cold_fps = images / seconds
+            self.cold = reading
         self.resume()
-        return images / seconds, waited / seconds
+        return reading
 
     @property
     def fps(self) -> float:
         """Images per second over all readings after the warm-up; of the warm-up where nothing came after it."""
-        return self.total_images / self.total_seconds if self.total_images else self.cold_fps
+        return self.total_images / self.total_seconds if self.total_images else self.cold[0]
 
     @property
     def data_wait(self) -> float:
-        """Share of time waiting for data over all readings after the warm-up."""
-        return self.total_waited / self.total_seconds if self.total_images else 0.0
+        """Share of time waiting for data over the same."""
+        return self.total_waited / self.total_seconds if self.total_images else self.cold[1]

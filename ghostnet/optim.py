@@ -31,10 +31,10 @@ def scaled_lr(lr: float, global_batch_size: int) -> float:
 
 def parameter_groups(named: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: weight decay on matrices and kernels, none on one-dimensional parameters (biases, BatchNorm)."""
-    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    trained = [parameter for _, parameter in named if parameter.requires_grad]
     return [
-        {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
 
 
@@ -51,7 +51,13 @@ def fused_sgd(
 ) -> Optimizer:
     """The same, one kernel for the whole update: what the reference calls npufusedsgd."""
     groups = parameter_groups(named, weight_decay)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
+    if momentum:
+        # torch makes the buffers in the first step, and leaves them unwritten where an overflow skips that step.
+        for group in groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def rmsprop(
@@ -93,7 +99,11 @@ def _schedule(
     min_lr: float,
     interval: Interval,
 ) -> Schedule:
-    """Linear warm-up, then `decayed` of the epoch (fractional unless interval is "epoch"), then min_lr for good."""
+    """Linear warm-up, then `decayed` of the epoch (fractional unless interval is "epoch"), then min_lr for good.
+
+    The warm-up takes the place of the first epochs of `decayed` and delays nothing, as in the reference: where that
+    has fallen meanwhile, as a cosine has, the rate steps down from the peak when the warm-up ends.
+    """
 
     def lr(step: int) -> float:
         epoch = step / timeline.steps_per_epoch if interval == "step" else float(step // timeline.steps_per_epoch)
@@ -133,8 +143,8 @@ def linear(
     """A straight line from the peak at the end of the warm-up to min_lr at the last epoch."""
 
     def decayed(epoch: float) -> float:
-        left = (timeline.epochs - epoch) / max(1e-9, timeline.epochs - warmup_epochs)
-        return min_lr + (timeline.peak - min_lr) * min(1.0, left)
+        left = (timeline.epochs - epoch) / (timeline.epochs - warmup_epochs)
+        return min_lr + (timeline.peak - min_lr) * left
 
     return _schedule(timeline, decayed, warmup_epochs, warmup_lr, min_lr, interval)
 

@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import difflib
 import functools
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,7 @@ NonNegative = Annotated[float, ">= 0"]
 PositiveInt = Annotated[int, ">= 1"]
 NonNegativeInt = Annotated[int, ">= 0"]
 Probability = Annotated[float, "in [0, 1]"]
+Share = Annotated[float, "in (0, 1]"]
 Fraction = Annotated[float, "in [0, 1)"]
 
 _RANGES = {
@@ -25,6 +26,7 @@ _RANGES = {
     ">= 0": lambda v: v >= 0,
     ">= 1": lambda v: v >= 1,
     "in [0, 1]": lambda v: 0 <= v <= 1,
+    "in (0, 1]": lambda v: 0 < v <= 1,
     "in [0, 1)": lambda v: 0 <= v < 1,
 }
 _NAMES: dict[str, Any] = {
@@ -56,49 +58,58 @@ def signature(target: str) -> dict[str, Parameter]:
     """The parameters of a function, class or dataclass of this package, by its dotted name, read from its source.
 
     Raises ConfigError where there is no such module or name. Positional-only parameters belong to the caller, not to
-    the config, and are left out.
+    the config, and are left out. A class without a constructor has those of its bases.
     """
     module_name, _, name = target.rpartition(".")
     path = Path(__file__).parent.parent.joinpath(*module_name.split(".")).with_suffix(".py")
     if not module_name.startswith("ghostnet") or not path.is_file():
         raise ConfigError(f"_target_: {target} is not in a module of this project.")
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_bytes())
     names = dict(_NAMES)
-    definitions: dict[str, ast.stmt] = {}
+    definitions: dict[str, ast.ClassDef | ast.FunctionDef] = {}
+    targets: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             value = _evaluate(node.value, names)
             if value is not Any:
                 names[node.targets[0].id] = value
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ghostnet"):
+            targets |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ClassDef | ast.FunctionDef):
             definitions[node.name] = node
+            targets[node.name] = f"{module_name}.{node.name}"
     if name not in definitions:
         raise ConfigError(f"_target_: {module_name} has no {name}.{did_you_mean(name, definitions)}")
-    return _parameters(definitions[name], names)
-
-
-def _parameters(node: ast.stmt, names: dict[str, Any]) -> dict[str, Parameter]:
-    if isinstance(node, ast.ClassDef):
-        functions = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
-        if not functions:
-            fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
-            return {
-                typing.cast(ast.Name, f.target).id: Parameter(
-                    _evaluate(f.annotation, names), _evaluate(f.value, names) if f.value else REQUIRED
-                )
-                for f in fields
-            }
-        node = functions[0]
-    assert isinstance(node, ast.FunctionDef)
-    arguments = [a for a in [*node.args.args, *node.args.kwonlyargs] if a.arg != "self"]
-    defaults: list[ast.expr | None] = [*node.args.defaults, *node.args.kw_defaults]
-    padded = [None] * (len(arguments) - len(defaults)) + defaults
-    return {
-        a.arg: Parameter(
-            _evaluate(a.annotation, names) if a.annotation else Any, REQUIRED if d is None else _evaluate(d, names)
-        )
-        for a, d in zip(arguments, padded, strict=True)
+    definition = definitions[name]
+    if isinstance(definition, ast.FunctionDef):
+        return _parameters(definition, names)
+    for item in definition.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return _parameters(item, names)
+    bases = [targets[b.id] for b in definition.bases if isinstance(b, ast.Name) and b.id in targets]
+    inherited = {key: value for base in reversed(bases) for key, value in signature(base).items()}
+    return inherited | {
+        item.target.id: _parameter(item.annotation, item.value, names)
+        for item in definition.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
     }
+
+
+def _parameters(function: ast.FunctionDef, names: dict[str, Any]) -> dict[str, Parameter]:
+    given = function.args
+    positional = [a for a in given.args if a.arg != "self"]
+    # Those of positional-only parameters come first and drop out.
+    defaults = [*[None] * len(positional), *given.defaults][len(given.defaults) :] + given.kw_defaults
+    return {
+        a.arg: _parameter(a.annotation, default, names)
+        for a, default in zip([*positional, *given.kwonlyargs], defaults, strict=True)
+    }
+
+
+def _parameter(annotation: ast.expr | None, default: ast.expr | None, names: dict[str, Any]) -> Parameter:
+    return Parameter(
+        _evaluate(annotation, names) if annotation else Any, _evaluate(default, names) if default else REQUIRED
+    )
 
 
 def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:  # noqa: ANN401 (any annotation or default)
@@ -153,19 +164,18 @@ def _fault(value: Any, kind: Any) -> str | None:  # noqa: ANN401 (values of any 
         near = did_you_mean(str(value), map(str, arguments)).strip()
         return f"must be {describe(kind)}{f' ({near})' if near else ''}"
     if origin is list:
-        if isinstance(value, list):
-            return next((f for item in value if (f := _fault(item, arguments[0]))), None)
-        return f"must be {describe(kind)}"
+        good = isinstance(value, list) and all(_fault(item, arguments[0]) is None for item in value)
+        return None if good else f"must be {describe(kind)}"
     if origin is dict:
         return None if isinstance(value, dict) else f"must be {describe(kind)}"
     if kind is None or kind is type(None):
         return None if value is None else "must be null"
     if kind is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     elif kind is int:
         good = isinstance(value, int) and not isinstance(value, bool)
     else:
-        good = isinstance(value, kind)
+        good = not isinstance(kind, type) or isinstance(value, kind)
     return None if good else f"must be {describe(kind)}"
 
 

@@ -1,6 +1,7 @@
 """Randomness as a function: every random draw comes from a seed folded with what it is for, so no state is carried."""
 
 import hashlib
+import operator
 import random
 
 import torch
@@ -8,8 +9,9 @@ import torch
 
 def fold_in(seed: int, *values: int | str) -> int:
     """A new 63-bit seed from a seed and what it is for (stream name, epoch, index …), the same on every machine."""
-    text = repr((seed, *values)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    # index(): numpy's integers are written in other ways than Python's.
+    text = repr(tuple(v if isinstance(v, str) else operator.index(v) for v in (seed, *values)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> random.Random:

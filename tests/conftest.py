@@ -15,7 +15,7 @@ from ghostnet.data.datasets import Samples
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = ["data=fashion_mnist", "model.width=0.1", "epochs=2", "data.batch_size=32", "data.eval_batch_size=64"]
-TINY += ["data.workers=1", "log_every=2", "optim.lr=0.8", "schedule.warmup_epochs=0.5", "device=cpu"]
+TINY += ["data.workers=1", "log_every=2", "optim.lr=4", "schedule.warmup_epochs=0.5", "device=cpu"]
 """Overrides of a run of seconds: 2 epochs of 10 steps."""
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

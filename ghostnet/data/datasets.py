@@ -4,8 +4,10 @@ To add one: a class with these attributes and methods, and a file in conf/data/ 
 """
 
 import gzip
+import math
 import os
 import zlib
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -40,7 +42,7 @@ class Dataset(Protocol):
 
 
 class ImageFolder:
-    """root/train/<class>/* and root/val/<class>/*: JPEG, PNG or WebP files, ImageNet's layout."""
+    """root/train/<class>/* and root/val/<class>/*: JPEG, PNG or WebP files, ImageNet's layout; hidden ones left out."""
 
     def __init__(self, split: Split, /, root: str | None) -> None:
         if root is None:
@@ -52,12 +54,12 @@ class ImageFolder:
         looked_for = f"Looked for {folder}/<class>/*.jpg|jpeg|png|webp"
         if not folder.is_dir():
             raise UserError(f"data.root={root} {self._missing(Path(root).expanduser(), split)}. {looked_for}.")
-        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        self.classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
         self.folder = folder
         self.names: list[str] = []
         counts = []
         for name in self.classes:
-            files = sorted(e.name for e in os.scandir(folder / name) if e.name.lower().endswith(EXTENSIONS))
+            files = sorted(e.name for e in os.scandir(folder / name) if _is_picture(e.name))
             self.names += [f"{name}/{file}" for file in files]
             counts.append(len(files))
         if not self.names:
@@ -106,31 +108,34 @@ class FashionMnist:
     )
 
     def __init__(self, split: Split, /, root: str | None) -> None:
-        folder = self._find(root)
         prefix = "train" if split == "train" else "t10k"
+        names = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+        folder = self._find(root, names)
         self.classes = list(self.CLASSES)
-        self.pictures = read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
-        labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
-        if len(labels) != len(self.pictures) or not len(labels) or labels.max() >= len(self.classes):
+        self.pictures, labels = read_idx(folder, names[0], 3), read_idx(folder, names[1], 1)
+        if len(labels) != len(self.pictures) or not self.pictures.size or labels.max() >= len(self.classes):
             raise UserError(
-                f"{folder}: {len(self.pictures)} pictures and {len(labels)} labels of {prefix} don't agree."
+                f"{folder}: {prefix} has {len(self.pictures)} pictures and {len(labels)} labels up to "
+                f"{labels.max(initial=0)}, which is no Fashion-MNIST. Get its files again."
             )
         self.labels: Labels = labels.astype(np.int64)
 
     @staticmethod
-    def _find(root: str | None) -> Path:
+    def _find(root: str | None, names: tuple[str, ...]) -> Path:
         if root is not None:
             base = Path(root).expanduser()
             places = [base, base / "FashionMNIST" / "raw"]
         else:
-            cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ghostnet"
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ghostnet"
             places = [DEBIAN_FASHION_MNIST, cache / "FashionMNIST" / "raw"]
         for place in places:
-            if idx_path(place, "train-images-idx3-ubyte") is not None:
+            if all(idx_path(place, name) for name in names):
                 return place
         if root is not None:
-            looked = " and ".join(str(p / "train-images-idx3-ubyte[.gz]") for p in places)
-            raise UserError(f"data.root={root} holds no Fashion-MNIST: looked for {looked}.")
+            looked = " or ".join(map(str, places))
+            raise UserError(
+                f"data.root={root} holds no Fashion-MNIST: looked for {' and '.join(names)}, plain or .gz, in {looked}."
+            )
         return FashionMnist._download(cache)
 
     @staticmethod
@@ -140,7 +145,7 @@ class FashionMnist:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             FashionMNIST(str(cache), download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             raise UserError(
                 f"Fashion-MNIST is not on this machine and can't be downloaded ({error}). Install Debian's package "
                 "dataset-fashion-mnist, or give the folder of its four files as data.root=…"
@@ -189,6 +194,10 @@ class Synthetic:
         return len(self.labels)
 
 
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
 def idx_path(folder: Path, name: str) -> Path | None:
     """The IDX file of that name in a folder, plain or gzipped; None where there is neither."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
@@ -203,9 +212,9 @@ def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray[tuple[int, 
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} can't be read: {error}. Get it again.") from None
-    shape = np.frombuffer(data[4 : 4 + 4 * dimensions], ">u4").astype(int)
     start = 4 + 4 * dimensions
-    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) - start != np.prod(shape, initial=1):
+    shape = [int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4)]
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != start + math.prod(shape):
         raise UserError(f"{path} is no whole IDX file of {dimensions} dimensions. Get it again.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -221,6 +230,7 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
         for where, names in (("train", only_train), ("val", only_val))
         if names
     ]
+    parts = parts or ["the same names in another order"]
     hint = did_you_mean(only_val[0], only_train) if only_val and only_train else ""
     raise UserError(
         f"The classes of train ({len(train.classes)}) and val ({len(val.classes)}) differ: {'; '.join(parts)}.{hint} "

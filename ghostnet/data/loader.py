@@ -104,7 +104,7 @@ class Feeder:
         """
         if not batches:
             return
-        slots = self._slots(max(len(b) for b in batches))
+        slots = self._take_ring(max(len(b) for b in batches))
         under_way: list[tuple[_Slot, list[Future[None]]]] = []
         try:
             for position in range(-AHEAD, len(batches)):
@@ -113,9 +113,10 @@ class Feeder:
                     under_way.append((slot, self._fill(slot, indices, labels, sample)))
                 if position < 0:
                     continue
-                slot, futures = under_way.pop(0)
+                slot, futures = under_way[0]
                 for future in futures:
                     future.result()
+                under_way.pop(0)
                 count = len(batches[position])
                 copies, slot.reusable = copy_to(self.device, slot.images[:count], slot.labels[:count])
                 yield copies[0], copies[1]
@@ -127,16 +128,19 @@ class Feeder:
                 for future in futures:
                     if not future.cancelled():
                         future.exception()
+            self.ring = slots
 
     def close(self) -> None:
         """End the threads."""
         self.pool.shutdown(cancel_futures=True)
 
-    def _slots(self, batch_size: int) -> "list[_Slot]":
-        # One more than under way: the batch that the step is using.
-        if not self.ring or len(self.ring[0].labels) < batch_size:
-            self.ring = [_Slot(batch_size, self.image_size, pinned(self.device)) for _ in range(AHEAD + 2)]
-        return self.ring
+    def _take_ring(self, batch_size: int) -> "list[_Slot]":
+        """The ring of the last feed, while no other has it and its batches are large enough, else a new one."""
+        ring, self.ring = self.ring, []
+        if ring and len(ring[0].labels) >= batch_size:
+            return ring
+        # AHEAD, the one that is waited for, and the one that the step is using.
+        return [_Slot(batch_size, self.image_size, pinned(self.device)) for _ in range(AHEAD + 2)]
 
     def _fill(
         self, slot: "_Slot", indices: Indices, labels: Labels, sample: Callable[[int], Array]
@@ -145,8 +149,9 @@ class Feeder:
 
         def fill(start: int) -> None:
             reusable()
-            slot.label_values[start : start + CHUNK][: len(indices) - start] = labels[indices[start : start + CHUNK]]
-            for position, index in enumerate(indices[start : start + CHUNK].tolist(), start):
+            part = indices[start : start + CHUNK]
+            slot.label_values[start : start + len(part)] = labels[part]
+            for position, index in enumerate(part.tolist(), start):
                 picture = sample(index)
                 # A grey picture is written to all three channels.
                 slot.pixels[position] = picture if picture.ndim == 3 else picture[:, :, None]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ghostnet.schema import NonNegative, NonNegativeInt, PositiveInt, Probability
+from ghostnet.schema import NonNegative, NonNegativeInt, PositiveInt, Probability, Share
 from ghostnet.seeding import fold_in
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
@@ -31,21 +31,28 @@ class Preprocessing:
 
     image_size: PositiveInt
     """Side of the square input in pixels."""
-    crop: Probability
+    crop: Share
     """The central crop's share of the resized shorter side, in (0, 1]: 224 px and 0.875 resize to 256 first."""
     mean: list[float]
     """Red, green, blue, of values in [0, 1]."""
     std: list[float]
     interpolation: Interpolation
 
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"preprocessing.crop must be in (0, 1], not {self.crop}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3:
+                raise ValueError(f"preprocessing.{name} must be [red, green, blue], not {list(values)}")
+        if not min(self.std) > 0:
+            raise ValueError(f"preprocessing.std must be above 0, not {list(self.std)}")
+
     def __call__(self, image: Image.Image) -> Array:
         """Resize the shorter side, antialiased, then cut the centre -> uint8 (S, S, 3), of a grey picture (S, S)."""
         size = self.image_size
         shorter = math.floor(size / self.crop)
-        width, height = image.size
-        scale = shorter / min(width, height)
-        # Truncated as torchvision's Resize does, so that both evaluate the same pixels.
-        target = (shorter, int(height * shorter / width)) if width <= height else (int(width * scale), shorter)
+        # Multiplied, divided, then truncated as torchvision's Resize does, so that both evaluate the same pixels.
+        target = int(shorter * image.width / min(image.size)), int(shorter * image.height / min(image.size))
         if image.size != target:
             image = image.resize(target, RESAMPLING[self.interpolation])
         left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
@@ -93,6 +100,8 @@ class Augment:
                 raise ValueError(f"augment.{name} must be [least, most] with 0 < least <= most, not {list(pair)}")
         if self.scale[1] > 1:
             raise ValueError(f"augment.scale is a share of the picture's area, at most 1, not {self.scale[1]}")
+        if self.magnitude > 30:
+            raise ValueError(f"augment.magnitude is 0 to 30, not {self.magnitude}")
 
     def __call__(self, image: Image.Image, rng: random.Random, preprocessing: Preprocessing) -> Array:
         """One augmented picture, uint8 (S, S, 3) or (S, S), a function of the picture and of rng alone."""
@@ -121,10 +130,10 @@ class Augment:
             ratio = math.exp(rng.uniform(low, high))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+                top, left = rng.randint(0, height - h), rng.randint(0, width - w)
                 return left, top, left + w, top + h
         ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
-        w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+        w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
@@ -180,7 +189,7 @@ def rand_augment(image: Image.Image, magnitude: float, rng: random.Random) -> Im
     """One of RandAugment's 14 operations, drawn by rng, at magnitude 0 to 30, with torchvision's ranges."""
     name = rng.choice(list(RANDAUGMENT))
     signed, value_of = RANDAUGMENT[name]
-    value = value_of(min(magnitude, 30.0) / 30.0, image.width)
+    value = value_of(magnitude / 30, image.width)
     return apply(image, name, -value if signed and rng.random() < 0.5 else value)
 
 
@@ -221,7 +230,8 @@ class Mixed:
 class Mix:
     """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of neighbours in the batch; both on: one of them a batch.
 
-    Neighbours (0 with 1, 2 with 3 …) were drawn at random already, and stay together for any number of ranks.
+    Neighbours (0 with 1, 2 with 3 …) were drawn at random already, and where batch sizes are even, stay together for
+    any number of ranks.
     """
 
     mixup: NonNegative
