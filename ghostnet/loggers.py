@@ -167,7 +167,8 @@ class ConsoleLogger:
 
     def finish(self, result: Row | None) -> None:
         """Close the display and print the reference's table and final lines."""
-        self.progress.stop()
+        if self.live:
+            self.progress.stop()
         if result is None:
             return
         name = f"{result['world_size']}p-{result['device'].upper()}"
@@ -228,10 +229,12 @@ class Wandb:
     ) -> None:
         self.options = {"project": project, "entity": entity, "group": group, "name": name, "notes": notes}
         self.mode, self.tags = mode, list(tags)
+        self.run: Any = None
 
     def start(self, run: RunInfo) -> None:
         """Start or go on with the run."""
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
         import wandb
 
         id_file = run.folder / self.ID_FILE
@@ -244,6 +247,7 @@ class Wandb:
             if mode != "online":
                 raise UserError(f"logger=wandb: {error}") from None
             self._go_offline(f"Weights & Biases can't be reached ({str(error).splitlines()[0]})")
+            wandb.teardown()  # the service still holds the id of the run that failed
             self.run = wandb.init(mode="offline", **settings, **self.options)  # type: ignore[arg-type]
         id_file.write_text(run_id + "\n")
         self.run.define_metric("step")
@@ -251,10 +255,12 @@ class Wandb:
             self.run.define_metric(f"{prefix}/*", step_metric="step")
 
     def _mode(self, wandb: Any) -> str:  # noqa: ANN401 (the module)
-        if self.mode == "online" and not wandb.api.api_key:
+        # WANDB_MODE is how clusters say that there is no network.
+        mode = os.environ.get("WANDB_MODE", self.mode) if self.mode == "online" else self.mode
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
             self._go_offline("No Weights & Biases login (wandb login, or WANDB_API_KEY)")
             return "offline"
-        return os.environ.get("WANDB_MODE", self.mode) if self.mode == "online" else self.mode
+        return mode
 
     def _go_offline(self, why: str) -> None:
         say(f"{why}: recording offline.")
@@ -265,6 +271,8 @@ class Wandb:
 
     def finish(self, result: Row | None) -> None:
         """Fill the summary and close the run; say how to sync what was recorded offline."""
+        if self.run is None:
+            return
         if result is not None:
             self.run.summary.update({f"best/{key}": result[key] for key in ("top1", "top5", "loss")})
             self.run.summary["fps"] = result["fps"]

@@ -97,7 +97,6 @@ def test_a_run_leaves_config_metrics_result_checkpoints_and_log(run: Run, tmp_pa
     evaluations = [row for row in written if "eval/top1" in row]
     assert [row["step"] for row in evaluations] == [10, 20]
     assert found["top1"] == max(row["eval/top1"] for row in evaluations)
-    assert written[0]["train/loss"] > written[-2]["train/loss"]
     for part in ("NAME", "Acc@1", "FPS", "Epochs", "AMP_Type", "Torch_Version", "1p-CPU"):
         assert part in done.stdout
     for line in ("Final Performance images/sec", "Final Train Accuracy", "E2E Training Duration sec"):
