@@ -231,6 +231,10 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def _file(group: str, option: str) -> Path:
+    return CONF / group / f"{option}.yaml"
+
+
 def _is_group(override: Override) -> bool:
     return override.key_or_group in groups()
 
@@ -256,8 +260,10 @@ def _key_fault(base: DictConfig, override: Override) -> str | None:
     known = [k for k, _ in flat(unresolved(base)) if not k.endswith("_target_")]
     if isinstance(node, DictConfig) and parent:
         siblings = [str(k) for k in node if k != "_target_"]
+        if parent in groups() and (homes := [o for o in options(parent) if leaf in OmegaConf.load(_file(parent, o))]):
+            return f"{key}: not a key of the chosen {parent}, but of {', '.join(f'{parent}={o}' for o in homes)}."
         near = did_you_mean(leaf, siblings).replace("mean ", f"mean {parent}.")
-        return f"{key}: no such key.{near} {parent} has: {', '.join(siblings)}."
+        return f"{key}: no such key.{near} {parent} has: {', '.join(siblings) or 'no keys'}."
     # Perhaps the right name in the wrong place, such as lr for optim.lr.
     same = [k for k in known if k.rpartition(".")[2] == leaf]
     hint = f" Did you mean {same[0]}?" if same and not parent else did_you_mean(key, [*known, *groups()])
@@ -277,6 +283,9 @@ def check(name: str, config: Config) -> list[str]:
                     found += _target_faults(inner, f"{group}.{key}.", {})
         else:
             found += _target_faults(node, f"{group}.", fields(ModelExtras) if group == "model" else {})
+    sizes = config["data"].get("image_size"), config["data"].get("preprocessing", {}).get("image_size")
+    if sizes[0] != sizes[1]:
+        found.append(f"data.preprocessing.image_size={sizes[1]}: must equal data.image_size={sizes[0]}; set that alone.")
     return found
 
 

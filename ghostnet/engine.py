@@ -19,7 +19,7 @@ from ghostnet.device import memory_format, synchronize
 from ghostnet.ema import Ema
 from ghostnet.errors import UserError
 from ghostnet.metrics import EvalResult, LossMeter, Speedometer, hits
-from ghostnet.optim import Schedule
+from ghostnet.optim import Schedule, load_state
 from ghostnet.seeding import seed_step
 
 
@@ -67,7 +67,7 @@ class TrainState:
         self.amp.load_weights(self.model, state["model"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         self.amp.load_state_dict(state["amp"])
         self.meter.load_state_dict(state["meter"])
         self.step, self.evaluated = state["step"], state["evaluated"]

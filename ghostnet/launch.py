@@ -111,7 +111,7 @@ def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None
         if sweep:
             with contextlib.suppress(OSError):
                 write_json(folder / "result.json", {"status": "failed", "error": message or repr(error)})
-        elif folder in made and not (folder / "metrics.jsonl").exists():
+        elif folder in made and not [*folder.glob("metrics.jsonl"), *folder.glob("*.pt")]:
             # Nothing was begun: leave no empty run behind.
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):

@@ -82,6 +82,19 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
+def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Go on from the state_dict of an optimizer of the same parameters; but for the rate, settings stay as they are."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [mine | {"lr": group["lr"]} for mine, group in zip(own, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    # Fused kernels walk through memory and don't see strides: a card's moments may lie in another order than ours.
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                layout = parameter if value.shape == parameter.shape else value
+                state[name] = torch.empty_like(layout, dtype=value.dtype).copy_(value)
+
+
 @dataclass(frozen=True)
 class Timeline:
     """What a schedule is drawn over: the peak learning rate, epochs before the cool-down, optimizer steps an epoch."""

@@ -102,6 +102,8 @@ FAULTS = {
     "model=ghostnet_99": ["model=ghostnet_99", "ghostnet_050, ghostnet_100, ghostnet_130"],
     "+optim.foo=1": ["optim.foo", "lr, momentum, weight_decay, nesterov"],
     "amp=o3": ["amp=o3", "o2?"],
+    "data.preprocessing.image_size=64": ["data.image_size=224"],
+    "amp.loss_scale=64": ["amp.loss_scale", "amp=apex, amp=fp16, amp=o2"],
     "lr=0.1": ["lr", "optim.lr?"],
     "optimm=sgd": ["optimm", "optim?"],
     "+typo=1": ["typo"],

@@ -15,6 +15,7 @@ from torchvision.transforms import (
     InterpolationMode,
     Normalize,
     RandAugment,
+    RandomErasing,
     RandomResizedCrop,
     Resize,
     ToTensor,
@@ -110,7 +111,7 @@ def test_preprocessing_refuses_what_is_out_of_range(faulty, message):
 
 
 class TorchDraws:
-    """random.Random's interface over torch's generator, to draw what torchvision draws."""
+    """random.Random's interface over torch's generator, to draw what torchvision draws; noise is the same always."""
 
     def uniform(self, low, high):
         return torch.empty(1).uniform_(low, high).item()
@@ -118,11 +119,14 @@ class TorchDraws:
     def randint(self, low, high):
         return torch.randint(low, high + 1, (1,)).item()
 
+    def getrandbits(self, count):
+        return 0
+
 
 class Script:
     """random.Random's interface over fixed answers, and what was asked."""
 
-    def __init__(self, order=None, values=(), bits=0):
+    def __init__(self, order, values):
         self.order, self.values, self.asked = order, list(values), []
 
     def sample(self, population, k):
@@ -133,8 +137,12 @@ class Script:
         return self.values.pop(0)
 
 
-@pytest.mark.parametrize(("scale", "ratio"), [([0.08, 1.0], [0.75, 4 / 3]), ([0.5, 1.0], [0.5, 2.0])])
-@pytest.mark.parametrize("size", [(500, 375), (28, 28), (31, 97), (400, 20), (3, 60), (1, 1)])
+@pytest.mark.parametrize("size", [(500, 375), (28, 28), (31, 97), (400, 20), (3, 60), (1, 1), (50, 41)])
+@pytest.mark.parametrize(
+    ("scale", "ratio"),
+    # The last is rarely met, so that all ten tries are taken.
+    [([0.08, 1.0], [0.75, 4 / 3]), ([0.5, 1.0], [0.5, 2.0]), ([0.85, 1.0], [0.75, 4 / 3])],
+)
 def test_the_crop_is_torchvisions_for_the_same_draws(size, scale, ratio):
     augment = Augment(**OFF | {"scale": scale, "ratio": ratio})
     image = picture(*size, mode="L")
@@ -295,6 +303,18 @@ def test_erasing_overwrites_one_rectangle_of_legal_size_with_noise_of_the_data(s
     assert not image.any(), "the picture itself was changed"
 
 
+def test_erasing_takes_torchvisions_rectangle_for_the_same_draws():
+    image = np.zeros((16, 16), np.uint8)
+    white = preprocessing(mean=[1.0] * 3, std=[1e-6] * 3)
+    for seed in range(500):
+        torch.manual_seed(seed)
+        top, left, height, width, _ = RandomErasing.get_params(torch.zeros(1, 16, 16), (0.02, 1 / 3), (0.3, 3.3), [0.0])
+        torch.manual_seed(seed)
+        expected = np.zeros((16, 16), bool)
+        expected[top : top + height, left : left + width] = True
+        np.testing.assert_array_equal(erase(image, white, TorchDraws()) > 0, expected)
+
+
 def test_erasing_comes_as_often_as_its_probability():
     image = Image.new("L", (32, 32))
     augment = Augment(**OFF | {"erasing": 0.25})
@@ -415,9 +435,11 @@ def test_mixups_share_is_beta_distributed(alpha):
 def test_mixing_is_a_function_of_seed_and_step_and_leaves_the_batch_alone():
     before = IMAGES.clone()
     for mix in (Mix(0.2, 0.0), Mix(0.0, 1.0)):
-        first, again, other = (mix(IMAGES, LABELS, 1, step) for step in (7, 7, 8))
+        first, again, later, other = (
+            mix(IMAGES, LABELS, seed, step) for seed, step in ((1, 7), (1, 7), (1, 8), (2, 7))
+        )
         assert torch.equal(first[0], again[0])
-        assert first[1].share == again[1].share != other[1].share
+        assert len({mixed.share for _, mixed in (first, again, later, other)}) == 3
     assert torch.equal(IMAGES, before)
 
 

@@ -146,8 +146,9 @@ class FashionMnist:
             cache.mkdir(parents=True, exist_ok=True)
             FashionMNIST(str(cache), download=True)
         except (OSError, RuntimeError, HTTPException) as error:
+            fault = " ".join(str(error).split())
             raise UserError(
-                f"Fashion-MNIST is not on this machine and can't be downloaded ({error}). Install Debian's package "
+                f"Fashion-MNIST is not on this machine and can't be downloaded ({fault}). Install Debian's package "
                 "dataset-fashion-mnist, or give the folder of its four files as data.root=…"
             ) from None
         return cache / "FashionMNIST" / "raw"

@@ -163,7 +163,9 @@ class _Slot:
     """One reused host batch."""
 
     def __init__(self, batch_size: int, image_size: int, pin: bool) -> None:
-        self.images = torch.empty(batch_size, image_size, image_size, 3, dtype=torch.uint8, pin_memory=pin)
-        self.labels = torch.empty(batch_size, dtype=torch.int64, pin_memory=pin)
+        # Tensors made in inference mode, where an evaluation comes first, could not be trained with later.
+        with torch.inference_mode(False):
+            self.images = torch.empty(batch_size, image_size, image_size, 3, dtype=torch.uint8, pin_memory=pin)
+            self.labels = torch.empty(batch_size, dtype=torch.int64, pin_memory=pin)
         self.pixels, self.label_values = self.images.numpy(), self.labels.numpy()
         self.reusable: Callable[[], None] = lambda: None
