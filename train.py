@@ -14,7 +14,7 @@ from ghostnet.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from ghostnet.data.loader import EvalLoader
-    from ghostnet.engine import StopSignal, TrainState
+    from ghostnet.engine import Recipe, StopSignal, TrainState
     from ghostnet.loggers import ConsoleLogger, Row
 
 
@@ -98,6 +98,7 @@ def run(job: launch.Job) -> dict[str, Any]:
         check_same_run(saved["config"], cfg)
         state.load_state_dict(saved)
         earlier = saved["seconds"]
+        del saved  # a second copy of all weights and moments
         if (path.parent / checkpoint.BEST).exists() and not (folder / checkpoint.BEST).exists():
             shutil.copy2(path.parent / checkpoint.BEST, folder / checkpoint.BEST)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
@@ -135,15 +136,15 @@ def run(job: launch.Job) -> dict[str, Any]:
                     for step in engine.train(state, train_loader, recipe):
                         console.advance(step)
                         if step % cfg["log_every"] == 0 or step % steps_per_epoch == 0:
-                            _stop_if_not_finite(state, folder)
+                            _stop_if_not_finite(state, recipe, folder)
                             log(_train_row(state, steps_per_epoch))
                         if cfg["save_every"] and step % cfg["save_every"] == 0 and step % steps_per_epoch:
-                            _stop_if_not_finite(state, folder)
+                            _stop_if_not_finite(state, recipe, folder)
                             save(checkpoint.LAST)
                             state.speed.resume()
                         stop.check()
             except engine.Interrupted:
-                _stop_if_not_finite(state, folder)
+                _stop_if_not_finite(state, recipe, folder)
                 save(checkpoint.LAST)
                 raise
 
@@ -208,7 +209,7 @@ def _train_row(state: "TrainState", steps_per_epoch: int) -> "Row":
     }
 
 
-def _stop_if_not_finite(state: "TrainState", folder: Path) -> None:
+def _stop_if_not_finite(state: "TrainState", recipe: "Recipe", folder: Path) -> None:
     """UserError with the step, the learning rate and the last good checkpoint where a loss was not finite."""
     from ghostnet import checkpoint
 
@@ -216,7 +217,7 @@ def _stop_if_not_finite(state: "TrainState", folder: Path) -> None:
     if bad is not None:
         last = folder / checkpoint.LAST
         raise UserError(
-            f"the loss is not finite at step {bad}, learning rate {state.optimizer.param_groups[0]['lr']:.4g}. "
+            f"the loss is not finite at step {bad}, learning rate {recipe.schedule(bad - 1):.4g}. "
             f"{f'The last good checkpoint is {last}.' if last.exists() else 'There is no checkpoint yet.'} "
             "Try a lower optim.lr, a longer schedule.warmup_epochs, or amp=none."
         )

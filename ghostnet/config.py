@@ -285,7 +285,9 @@ def check(name: str, config: Config) -> list[str]:
             found += _target_faults(node, f"{group}.", fields(ModelExtras) if group == "model" else {})
     sizes = config["data"].get("image_size"), config["data"].get("preprocessing", {}).get("image_size")
     if sizes[0] != sizes[1]:
-        found.append(f"data.preprocessing.image_size={sizes[1]}: must equal data.image_size={sizes[0]}; set that alone.")
+        found.append(
+            f"data.preprocessing.image_size={sizes[1]}: must equal data.image_size={sizes[0]}; set that alone."
+        )
     return found
 
 

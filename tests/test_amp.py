@@ -327,6 +327,7 @@ def test_a_fixed_scale_is_what_the_command_says_whatever_scale_a_checkpoint_had(
     fixed, moving, new, started = kind(64.0), kind("dynamic"), kind("dynamic"), kind("dynamic")
     train(moving, 2, overflow={0, 1})
     fixed.load_state_dict(moving.state_dict())
+    assert fixed.scale == 64.0
     assert_same_bits(train(fixed, 2), train(kind(64.0), 2))
     started.load_state_dict(fixed.state_dict())
     assert_same_bits(train(started, 2), train(new, 2))

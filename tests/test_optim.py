@@ -126,6 +126,39 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_saved_state(name, model, tmp_
     assert_same_bits(resumed.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_a_state_is_taken_over_from_a_device_with_another_memory_layout(name, model, tmp_path):
+    twin = copy.deepcopy(model)
+    optimizer, other = OURS[name](model.named_parameters()), OURS[name](twin.named_parameters())
+    update(model, optimizer, steps=2)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "saved.pt")
+    weights, saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    for state in saved["state"].values():
+        for key, value in state.items():
+            if value is not None:
+                state[key] = value.contiguous()
+    twin.load_state_dict(weights)
+    optim.load_state(other, saved)
+    before = copy.deepcopy(saved)
+    update(model, optimizer, steps=2)
+    update(twin, other, steps=2)
+    assert_same_bits(twin.state_dict(), model.state_dict())
+    assert_same_bits(other.state_dict(), optimizer.state_dict())
+    assert_same_bits(saved, before)  # nothing of it is shared
+
+
+def test_a_state_is_taken_over_without_the_settings_that_it_was_made_with(model):
+    def adamw(weight_decay, lr):
+        return optim.adamw(model.named_parameters(), lr=lr, betas=[0.9, 0.99], weight_decay=weight_decay, eps=1e-8)
+
+    first, second = adamw(0.1, lr=0.5), adamw(0.3, lr=0.7)
+    update(model, first, steps=1)
+    optim.load_state(second, first.state_dict())
+    assert [group["weight_decay"] for group in second.param_groups] == [0.3, 0.0]
+    assert [group["lr"] for group in second.param_groups] == [0.5, 0.5]
+    assert len(second.state) == len(list(model.parameters()))
+
+
 def test_a_first_step_skipped_for_an_overflow_leaves_no_trace_in_the_momentum(request):
     # With these, torch fills memory that nobody has written with NaN.
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
