@@ -17,10 +17,11 @@ def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     import torch
 
     from ghostnet import checkpoint, engine
+    from ghostnet.data.datasets import relabel
     from ghostnet.data.loader import EvalLoader, Feeder
     from ghostnet.device import cpu_count, describe, memory_format, resolve
     from ghostnet.loggers import EvalProgress
-    from ghostnet.models.weights import load_weights, read_file
+    from ghostnet.models.weights import fit, read_file, read_weights
 
     # Checkpoint
     path = checkpoint.find(cfg.ckpt, checkpoint.BEST)
@@ -37,18 +38,17 @@ def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
 
     # Model
     num_classes = config["model"]["num_classes"] or (saved["num_classes"] if own else len(val_set.classes))
-    if own and saved["classes"] != val_set.classes and len(val_set.classes) <= num_classes:
-        print(f"note: the classes of the data are not those of the training ({_first_difference(saved, val_set)})")
-    if num_classes < len(val_set.classes):
+    if own:
+        val_set.labels = relabel(val_set.labels, val_set.classes, saved["classes"])
+    elif num_classes < len(val_set.classes):
         raise UserError(f"{path} tells {num_classes} classes apart, but the data have {len(val_set.classes)}.")
     constructor = {k: v for k, v in config["model"].items() if k not in ("num_classes", "weights", "freeze")}
     model = build(constructor, num_classes=num_classes)
     use_ema = own and saved["ema"] is not None and config["ema"] is not False
     if config["ema"] and not use_ema:
         raise ConfigError(f"ema=true, but {path} holds no moving average.")
-    if own:
-        model.load_state_dict(saved["ema"] if use_ema else saved["model"])
-    elif messages := load_weights(model, path):
+    weights = saved["ema" if use_ema else "model"] if own else read_weights(path)
+    if messages := fit(model, weights, path):
         raise UserError(
             f"{'; '.join(messages)}: an untrained classifier can't be evaluated. The data must have as many."
         )
@@ -93,15 +93,11 @@ def with_saved(cfg: DictConfig, saved: dict[str, Any], overrides: list[str]) -> 
     return config
 
 
-def _first_difference(saved: dict[str, Any], val_set: Any) -> str:  # noqa: ANN401 (any data set)
-    pairs = zip([*saved["classes"], None], [*val_set.classes, None], strict=False)
-    then, now = next((a, b) for a, b in pairs if a != b)
-    return f"{len(saved['classes'])} and {len(val_set.classes)}; the first that differs: {then} then, {now} now"
-
-
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float:
     """Evaluate and print; faults end in one message."""
+    from ghostnet.loggers import jsonable
+
     try:
         result = run(cfg, list(HydraConfig.get().overrides.task))
     except Exception as error:
@@ -111,9 +107,9 @@ def main(cfg: DictConfig) -> float:
         launch.say(f"error: {message}")
         raise SystemExit(1) from None
     print(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  FPS {result['fps']:.1f}")
-    print(json.dumps(result), flush=True)
+    print(json.dumps(jsonable(result), allow_nan=False), flush=True)
     return float(result["top1"])
 
 
 if __name__ == "__main__":
-    launch.enter("evaluate", main, owns_folder=False)
+    launch.enter("evaluate", main, trains=False)

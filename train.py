@@ -1,5 +1,6 @@
 """Train GhostNet: python train.py [group=option …] [key=value …]; python train.py -m key=a,b for a sweep."""
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from omegaconf import DictConfig
 
 from ghostnet import launch
 from ghostnet.config import build, check_same_run
-from ghostnet.errors import ConfigError, UserError
+from ghostnet.errors import ConfigError, SampleError, UserError
 
 if TYPE_CHECKING:
     from ghostnet.data.loader import EvalLoader
@@ -24,12 +25,12 @@ def run(job: launch.Job) -> dict[str, Any]:
     import torch
 
     from ghostnet import checkpoint, engine
-    from ghostnet.data.datasets import check_same_classes
+    from ghostnet.data.datasets import check_same_classes, check_same_data
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
-    from ghostnet.device import cpu_count, describe, memory_format, peak_memory, resolve
+    from ghostnet.device import cpu_count, describe, memory_format, resolve
     from ghostnet.ema import Ema
-    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo
-    from ghostnet.models.ghostnet import freeze_backbone
+    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo, Wandb
+    from ghostnet.models.ghostnet import freeze_backbone, macs
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
@@ -38,8 +39,6 @@ def run(job: launch.Job) -> dict[str, Any]:
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
 
     # Device
-    if cfg["device"]["count"] > 1:
-        raise ConfigError(f"device.count={cfg['device']['count']}: this version trains on one device: device.count=1")
     device = resolve(cfg["device"]["kind"], (cfg["device"]["ids"] or [0])[0])
     console.say(f"device  {device}: {describe(device)}")
 
@@ -69,7 +68,11 @@ def run(job: launch.Job) -> dict[str, Any]:
     model = model.to(device, memory_format=memory_format(device))
     params = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    console.say(f"model   {params:,} parameters{f', {trained:,} of them trained' if trained < params else ''}")
+    multiply_adds = macs(model, data["image_size"])
+    console.say(
+        f"model   {params:,} parameters{f', {trained:,} of them trained' if trained < params else ''}, "
+        f"{multiply_adds / 1e6:,.1f} M multiply-adds an image"
+    )
 
     # Precision, optimizer, schedule
     global_batch_size = data["batch_size"] * accumulate
@@ -96,11 +99,17 @@ def run(job: launch.Job) -> dict[str, Any]:
     if (path := _resume_path(cfg["resume"], folder)) is not None:
         saved = checkpoint.load(path)
         check_same_run(saved["config"], cfg)
+        check_same_data(saved["classes"], saved["images"], train_set)
+        if saved["step"] > total_steps:
+            raise ConfigError(
+                f"resume: {path} is at step {saved['step']:,}, past the {total_steps:,} of {epochs} epochs."
+            )
         state.load_state_dict(saved)
         earlier = saved["seconds"]
         del saved  # a second copy of all weights and moments
-        if (path.parent / checkpoint.BEST).exists() and not (folder / checkpoint.BEST).exists():
-            shutil.copy2(path.parent / checkpoint.BEST, folder / checkpoint.BEST)
+        for name in (checkpoint.BEST, Wandb.ID_FILE):
+            if (path.parent / name).exists() and not (folder / name).exists():
+                shutil.copy2(path.parent / name, folder / name)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
 
     # Loggers
@@ -112,7 +121,8 @@ def run(job: launch.Job) -> dict[str, Any]:
 
     def save(name: str) -> None:
         seconds = earlier + time.monotonic() - started
-        facts = {"config": job.raw, "classes": train_set.classes, "num_classes": num_classes, "seconds": seconds}
+        facts = {"config": job.raw, "classes": train_set.classes, "images": len(train_set), "num_classes": num_classes}
+        facts["seconds"] = seconds
         checkpoint.save(state.state_dict() | facts, folder / name)
 
     # The loop
@@ -143,7 +153,7 @@ def run(job: launch.Job) -> dict[str, Any]:
                             save(checkpoint.LAST)
                             state.speed.resume()
                         stop.check()
-            except engine.Interrupted:
+            except (engine.Interrupted, SampleError):
                 _stop_if_not_finite(state, recipe, folder)
                 save(checkpoint.LAST)
                 raise
@@ -170,19 +180,21 @@ def run(job: launch.Job) -> dict[str, Any]:
             "batch_size": data["batch_size"],
             "global_batch_size": global_batch_size,
             "params": params,
+            "macs": multiply_adds,
             "num_classes": num_classes,
             "seed": seed,
             "torch": torch.__version__,
-            "peak_memory": peak_memory(device),
             "seconds": earlier + time.monotonic() - started,
             "command": job.command,
         }
+        launch.write_json(folder / "result.json", result)
         return result
     finally:
-        for logger in reversed(loggers):
-            logger.finish(result)
-        for feeder in feeders:
-            feeder.close()
+        with contextlib.ExitStack() as stack:  # each is ended, even where another fails
+            for feeder in feeders:
+                stack.callback(feeder.close)
+            for logger in loggers:
+                stack.callback(logger.finish, result)
 
 
 def _resume_path(resume: str | None, folder: Path) -> Path | None:
@@ -214,10 +226,11 @@ def _stop_if_not_finite(state: "TrainState", recipe: "Recipe", folder: Path) -> 
     from ghostnet import checkpoint
 
     bad = state.meter.bad_step()
-    if bad is not None:
+    if bad is not None or not state.is_finite():
+        what, step = ("the loss is", bad) if bad is not None else ("weights are", state.step)
         last = folder / checkpoint.LAST
         raise UserError(
-            f"the loss is not finite at step {bad}, learning rate {recipe.schedule(bad - 1):.4g}. "
+            f"{what} not finite at step {step}, learning rate {recipe.schedule(step - 1):.4g}. "
             f"{f'The last good checkpoint is {last}.' if last.exists() else 'There is no checkpoint yet.'} "
             "Try a lower optim.lr, a longer schedule.warmup_epochs, or amp=none."
         )
@@ -259,4 +272,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    launch.enter("train", main, owns_folder=True)
+    launch.enter("train", main, trains=True)

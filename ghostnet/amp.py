@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ghostnet.device import check_bf16, half_dtype
+from ghostnet.device import apex_options, check_bf16, half_dtype
 from ghostnet.errors import UserError
 from ghostnet.schema import Positive
 
@@ -274,9 +274,8 @@ class Apex(Amp):
         optimizer = super().initialize(model, make_optimizer, device)
         name_of = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        options: dict[str, Any] = {"combine_grad": True} if device.type == "npu" else {}
         _, self.optimizer = self.apex.initialize(
-            model, optimizer, opt_level="O2", loss_scale=self.loss_scale, verbosity=0, **options
+            model, optimizer, opt_level="O2", loss_scale=self.loss_scale, verbosity=0, **apex_options(device)
         )
         # apex makes the masters when the optimizer is first used; a checkpoint must find them there.
         self.optimizer.zero_grad()

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ghostnet.errors import ConfigError
 from ghostnet.schema import (
     Fraction,
+    NonNegativeInt,
     Parameter,
     Positive,
     PositiveInt,
@@ -97,7 +98,7 @@ class DeviceConfig:
 
     kind: Literal["auto", "cpu", "cuda", "npu"]
     count: PositiveInt
-    ids: list[int] | None
+    ids: list[NonNegativeInt] | None
     batch_size: PositiveInt
 
 
@@ -187,6 +188,11 @@ def check_command(name: str, overrides: Sequence[str], multirun: bool) -> Checke
             jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [list(overrides)]
         except HydraException as error:
             raise ConfigError(_first_line(error)) from None
+        if swept := [] if multirun else [o.input_line for o in parsed if o.is_sweep_override()]:
+            raise ConfigError(
+                f"{swept[0]}: several values. A list is written [a,b]; to try each value in a job of its own:\n"
+                f"  python train.py -m {' '.join(overrides)}"
+            )
         found: dict[str, None] = {}
         configs = []
         for job in jobs:
@@ -231,8 +237,12 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def _file(group: str, option: str) -> Path:
-    return CONF / group / f"{option}.yaml"
+def _has(group: str, option: str, path: str) -> bool:
+    """Whether an option of a group has the dotted key."""
+    parent, _, leaf = f".{path}".rpartition(".")
+    cfg = OmegaConf.load(CONF / group / f"{option}.yaml")
+    node = OmegaConf.select(cfg, parent.removeprefix(".")) if parent else cfg
+    return isinstance(node, DictConfig) and leaf in list(node.keys())
 
 
 def _is_group(override: Override) -> bool:
@@ -260,8 +270,9 @@ def _key_fault(base: DictConfig, override: Override) -> str | None:
     known = [k for k, _ in flat(unresolved(base)) if not k.endswith("_target_")]
     if isinstance(node, DictConfig) and parent:
         siblings = [str(k) for k in node if k != "_target_"]
-        if parent in groups() and (homes := [o for o in options(parent) if leaf in OmegaConf.load(_file(parent, o))]):
-            return f"{key}: not a key of the chosen {parent}, but of {', '.join(f'{parent}={o}' for o in homes)}."
+        group, _, path = key.partition(".")
+        if homes := [f"{group}={option}" for option in options(group) if _has(group, option, path)]:
+            return f"{key}: not a key of the chosen {group}, but of {', '.join(homes)}."
         near = did_you_mean(leaf, siblings).replace("mean ", f"mean {parent}.")
         return f"{key}: no such key.{near} {parent} has: {', '.join(siblings) or 'no keys'}."
     # Perhaps the right name in the wrong place, such as lr for optim.lr.
@@ -283,11 +294,13 @@ def check(name: str, config: Config) -> list[str]:
                     found += _target_faults(inner, f"{group}.{key}.", {})
         else:
             found += _target_faults(node, f"{group}.", fields(ModelExtras) if group == "model" else {})
-    sizes = config["data"].get("image_size"), config["data"].get("preprocessing", {}).get("image_size")
-    if sizes[0] != sizes[1]:
-        found.append(
-            f"data.preprocessing.image_size={sizes[1]}: must equal data.image_size={sizes[0]}; set that alone."
-        )
+    values = dict(flat(config))
+    size, same = values.get("data.image_size"), values.get("data.preprocessing.image_size")
+    if size != same:
+        found.append(f"data.preprocessing.image_size={same}: must equal data.image_size={size}; set that alone.")
+    ids, count = values.get("device.ids"), values.get("device.count")
+    if isinstance(ids, list) and len(ids) != count:
+        found.append(f"device.ids={ids}: names {len(ids)} cards, but device.count is {count}.")
     return found
 
 

@@ -92,6 +92,11 @@ def check_bf16(device: torch.device) -> None:
         raise UserError(f"amp=bf16: {describe(device)} has no bfloat16. Use amp=fp16 or amp=o2.")
 
 
+def apex_options(device: torch.device) -> dict[str, Any]:
+    """What Ascend's apex wants to be told beyond NVIDIA's: one buffer for all gradients."""
+    return {"combine_grad": True} if device.type == "npu" else {}
+
+
 def memory_format(device: torch.device) -> torch.memory_format:
     """channels_last where its kernels win (CPU, CUDA), contiguous on NPUs."""
     return torch.contiguous_format if device.type == "npu" else torch.channels_last
@@ -113,12 +118,3 @@ def copy_to(device: torch.device, *tensors: Tensor) -> tuple[list[Tensor], Calla
     event = _module(device.type).Event()
     event.record()
     return copies, event.synchronize
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the card's memory, or of this process on the CPU."""
-    if device.type != "cpu":
-        return int(_module(device.type).max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

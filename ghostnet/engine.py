@@ -60,6 +60,7 @@ class TrainState:
             "best": self.best,
             "last": self.last,
             "train_loss": self.train_loss,
+            "speed": self.speed.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -72,6 +73,12 @@ class TrainState:
         self.meter.load_state_dict(state["meter"])
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.best, self.last, self.train_loss = state["best"], state["last"], state["train_loss"]
+        self.speed.load_state_dict(state["speed"])
+
+    def is_finite(self) -> bool:
+        """Whether all weights and BatchNorm statistics are finite numbers; waits for the device."""
+        tensors = [value for value in self.amp.weights(self.model).values() if value.is_floating_point()]
+        return bool(nn.utils.get_total_norm(tensors, norm_type=float("inf")).isfinite())
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ class ConfigError(UserError):
     """A faulty key or value on the command line or in a config file, found before anything was started."""
 
 
+class SampleError(UserError):
+    """A sample of the data that can't be read, found while training goes on."""
+
+
 def explain(error: Exception) -> str | None:
     """A fault that the user can mend in one message; None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
         return "out of memory. Give a smaller data.batch_size (accumulate=2 keeps the global batch) or eval_batch_size."
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}."
     return None

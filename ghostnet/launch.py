@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.config import Checked, Config, check_command, resolved, unresolved
+from ghostnet.config import Checked, Config, check_command, check_same_run, resolved, unresolved
 from ghostnet.errors import ConfigError, UserError, explain
 
 log = logging.getLogger("ghostnet")
@@ -55,10 +55,10 @@ def command_line(words: list[str]) -> str:
     return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
-def enter(name: str, launch: Callable[[], Any], owns_folder: bool) -> None:
+def enter(name: str, launch: Callable[[], Any], trains: bool) -> None:
     """Check the whole command, settle its folder, and launch; exits with 1 where anything failed.
 
-    name: the primary config. owns_folder: whether a job leaves a run folder behind.
+    name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
     """
     args = get_args_parser().parse_args()
     asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
@@ -66,8 +66,11 @@ def enter(name: str, launch: Callable[[], Any], owns_folder: bool) -> None:
     try:
         if not (args.help or args.hydra_help or args.shell_completion):
             checked = check_command(args.config_name or name, args.overrides, args.multirun)
-            if owns_folder and not asks:
+            if trains and not asks:
+                _refuse_many_devices(checked)
                 folder = claim_folder(args.multirun, checked)
+            elif args.multirun:
+                raise ConfigError(f"-m is for train.py: {name}.py takes one command at a time.")
         launch()
     except ConfigError as error:
         say(f"error: {error}")
@@ -82,6 +85,14 @@ def enter(name: str, launch: Callable[[], Any], owns_folder: bool) -> None:
         sys.exit(1)
 
 
+def _refuse_many_devices(checked: Checked) -> None:
+    for job in checked.jobs:
+        if job["device"]["count"] > 1:
+            raise ConfigError(
+                f"device.count={job['device']['count']}: this version trains on one. Give device.count=1."
+            )
+
+
 def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None:
     """Run a job; its faults end in one message. In a sweep they are noted and the next job goes on. -> Acc@1."""
     from ghostnet.engine import Interrupted
@@ -92,24 +103,24 @@ def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None
     if sweep:
         print(f"\njob {hydra.job.num}: {' '.join(hydra.overrides.task)} -> {folder}", flush=True)
     try:
+        check_resume(folder, job.cfg)
         OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
-        result = run(job)
-        write_json(folder / "result.json", result)
-        return float(result["top1"])
+        return float(run(job)["top1"])
     except Interrupted as stop:
-        again = typed if sweep else [word for word in typed if not word.startswith(("resume=", "hydra.run.dir="))]
-        again = again if sweep else [*again, f"hydra.run.dir={os.path.relpath(folder)}", "resume=auto"]
-        say(f"{stop}: {folder / 'last.pt'} is saved. To go on:\n  {command_line(again)}")
+        key, place = ("hydra.sweep.dir", hydra.sweep.dir) if sweep else ("hydra.run.dir", folder)
+        again = [word for word in typed if not word.startswith(("resume=", f"{key}="))]
+        say(f"{stop}: {folder / 'last.pt'} is saved. To go on:")
+        say(f"  {command_line([*again, f'{key}={os.path.relpath(place)}', 'resume=auto'])}")
         raise SystemExit(128 + stop.signum) from None
     except Exception as error:
+        log.exception("failed")
         message = explain(error)
         if message is None and not sweep:
             raise
-        log.exception("failed")
         say(f"error: {message or f'{type(error).__name__}: {error}'}")
         failed.append(folder)
         if sweep:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(UserError):
                 write_json(folder / "result.json", {"status": "failed", "error": message or repr(error)})
         elif folder in made and not [*folder.glob("metrics.jsonl"), *folder.glob("*.pt")]:
             # Nothing was begun: leave no empty run behind.
@@ -120,23 +131,39 @@ def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None
         return None
 
 
+def check_resume(folder: Path, cfg: Config) -> None:
+    """ConfigError where the folder's run can't go on with these settings, before a file of it is touched."""
+    if cfg["resume"] is not None and (folder / "config.yaml").exists():
+        check_same_run(unresolved(DictConfig(OmegaConf.load(folder / "config.yaml"))), cfg)
+
+
 def claim_folder(multirun: bool, checked: Checked) -> Path:
     """Settle the folder of a run or sweep: the given one, else that of the run to go on with, else a new one.
 
-    ConfigError where a new run would overwrite another.
+    ConfigError where a new run would overwrite another, or the run that is there can't go on with these settings.
     """
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     folder = Path(checked.hydra.sweep.dir if multirun else checked.hydra.run.dir)
     given = any(word.lstrip("+").startswith(f"{key}=") for word in typed)
     resume = checked.jobs[0]["resume"]
-    if given and not multirun and resume is None and any(folder.glob("*.pt")):
+    if resume == "auto" and not given:
+        raise ConfigError(f"resume=auto goes on in a folder: give it, {key}=…")
+    if given and resume is None and any(folder.glob("*/*.pt" if multirun else "*.pt")):
         raise ConfigError(
-            f"{folder} holds a run already. resume=auto goes on with it; for a new run give another hydra.run.dir."
+            f"{folder} holds a run already. resume=auto goes on with it; for a new one give another {key}."
         )
-    if not given and not multirun and resume not in (None, "auto"):
+    if not multirun and resume not in (None, "auto"):
         path = Path(resume).expanduser()
-        folder = path if path.is_dir() else path.parent
+        home = path if path.is_dir() else path.parent
+        folder = folder if given else home
+        if path.is_file() and path.name != "last.pt" and folder.resolve() == home.resolve():
+            raise ConfigError(
+                f"resume={path}: going on from there would overwrite the later {home / 'last.pt'}. Resume that one, or "
+                "give the run another hydra.run.dir."
+            )
         given = True
+    if not multirun:
+        check_resume(folder, checked.jobs[0])
     try:
         folder = _make(folder, its_own=not given)
     except OSError as error:
@@ -167,9 +194,11 @@ def _make(folder: Path, its_own: bool) -> Path:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all; UserError where it can't be."""
+    from ghostnet.loggers import jsonable
+
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}.") from None
@@ -181,12 +210,16 @@ def print_table(folder: Path) -> None:
     from rich.table import Table
 
     jobs: list[tuple[dict[str, Any], str, list[str]]] = []
-    for job in sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name)):
-        result: dict[str, Any] = {"status": "cut off"}
+    for config in sorted(folder.glob("**/config.yaml"), key=lambda path: (len(path.parent.name), path)):
+        job, result = config.parent, {"status": "cut off"}
+        if job.name == ".hydra":
+            continue
         with contextlib.suppress(OSError, ValueError):
             result = json.loads((job / "result.json").read_text())
-        overrides = [str(word) for word in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
-        jobs.append((result, job.name, overrides))
+        overrides = []
+        with contextlib.suppress(OSError):
+            overrides = [str(word) for word in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
+        jobs.append((result, str(job.relative_to(folder)), overrides))
     if not jobs:
         return
     shared = set.intersection(*(set(words) for _, _, words in jobs)) if len(jobs) > 1 else set()

@@ -79,7 +79,7 @@ class JsonLines:
         """Append a row."""
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} can't be written: {error.strerror}.") from None
 
@@ -239,9 +239,10 @@ class Wandb:
 
         id_file = run.folder / self.ID_FILE
         run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
-        mode = self._mode(wandb)
         settings = {"id": run_id, "resume": "allow", "dir": str(run.folder), "config": run.config, "tags": self.tags}
+        mode = "online"
         try:
+            mode = self._mode(wandb)
             self.run = wandb.init(mode=mode, **settings, **self.options)  # type: ignore[arg-type]
         except wandb.errors.Error as error:
             if mode != "online":

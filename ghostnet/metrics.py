@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,6 +127,16 @@ class Speedometer:
             self.cold = reading
         self.resume()
         return reading
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far, for a resumed run to go on from."""
+        totals = {"images": self.total_images, "seconds": self.total_seconds, "waited": self.total_waited}
+        return totals | {"cold": list(self.cold)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was measured before."""
+        self.total_images, self.total_seconds = state["images"], state["seconds"]
+        self.total_waited, self.cold = state["waited"], (state["cold"][0], state["cold"][1])
 
     @property
     def fps(self) -> float:

@@ -43,7 +43,7 @@ def sgd(
 ) -> Optimizer:
     """Stochastic gradient descent with momentum, torch's default implementation for the device."""
     groups = parameter_groups(named, weight_decay)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
 
 
 def fused_sgd(
@@ -51,7 +51,7 @@ def fused_sgd(
 ) -> Optimizer:
     """The same, one kernel for the whole update: what the reference calls npufusedsgd."""
     groups = parameter_groups(named, weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum:
         # torch makes the buffers in the first step, and leaves them unwritten where an overflow skips that step.
         for group in groups:
@@ -77,7 +77,9 @@ def rmsprop(
 def adamw(
     named: NamedParameters, /, lr: Positive, betas: list[float], weight_decay: NonNegative, eps: Positive
 ) -> Optimizer:
-    """AdamW (arXiv 1711.05101), fused."""
+    """AdamW (arXiv 1711.05101), fused; betas: two numbers in [0, 1)."""
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, not {betas}")
     groups = parameter_groups(named, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 

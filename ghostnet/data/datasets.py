@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ghostnet.data.decode import decode
-from ghostnet.errors import UserError
+from ghostnet.errors import SampleError, UserError
 from ghostnet.schema import PositiveInt, did_you_mean
 from ghostnet.seeding import fold_in
 
@@ -89,7 +89,7 @@ class ImageFolder:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}.") from None
+            raise SampleError(f"{path} can't be read: {error.strerror}.") from None
         return decode(data, path)
 
     def __len__(self) -> int:
@@ -218,6 +218,28 @@ def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray[tuple[int, 
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != start + math.prod(shape):
         raise UserError(f"{path} is no whole IDX file of {dimensions} dimensions. Get it again.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def relabel(labels: Labels, classes: list[str], known: list[str]) -> Labels:
+    """Labels into `classes` as labels into `known`, by name; UserError where a class is not known."""
+    position = {name: index for index, name in enumerate(known)}
+    if unknown := [name for name in classes if name not in position]:
+        raise UserError(
+            f"{len(unknown)} of the {len(classes)} classes of the data are not among the {len(known)} that the model "
+            f"was trained on: {', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}."
+        )
+    return np.array([position[name] for name in classes], np.int64)[labels]
+
+
+def check_same_data(classes: list[str], count: int, train: Dataset) -> None:
+    """UserError where a run can't go on because its training data had other classes or another number of images."""
+    if classes != train.classes or count != len(train):
+        other = ", not all the same" if len(classes) == len(train.classes) else ""
+        raise UserError(
+            f"resume: the checkpoint was trained on {count:,} images of {len(classes)} classes, and these are "
+            f"{len(train):,} of {len(train.classes)}{other}. Give the run's own data.root, or start a new run from its "
+            "weights with model.weights=PATH."
+        )
 
 
 def check_same_classes(train: Dataset, val: Dataset) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ghostnet.errors import UserError
+from ghostnet.errors import SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -26,10 +26,12 @@ def decode(data: bytes, name: str | Path) -> Image.Image:
         image.info.clear()
         return image if image.mode in ("RGB", "L") else to_rgb(image)
     except UnidentifiedImageError:
-        raise UserError(f"{name} is {'empty' if not data else 'no JPEG, PNG or WebP'}. Replace or remove it.") from None
+        raise SampleError(
+            f"{name} is {'empty' if not data else 'no JPEG, PNG or WebP'}. Replace or remove it."
+        ) from None
     except Exception as error:  # Pillow raises whatever a broken file leads its parsers to.
         fault = str(error) or type(error).__name__
-        raise UserError(f"{name} can't be decoded: {fault}. Replace or remove it.") from None
+        raise SampleError(f"{name} can't be decoded: {fault}. Replace or remove it.") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

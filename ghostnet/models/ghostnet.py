@@ -1,5 +1,6 @@
 """GhostNet (arXiv 1911.11907): the model, the count of its multiply-adds, and its backbone frozen for fine-tuning."""
 
+import copy
 import math
 from collections import OrderedDict
 from typing import Self
@@ -93,10 +94,9 @@ def freeze_backbone(model: GhostNet) -> None:
     model.train(model.training)
 
 
-def macs(model: GhostNet, image_size: int) -> int:
-    """Multiply-adds of the convolutions and the linear layer for one square image of image_size pixels."""
-    with torch.device("meta"):  # a twin without memory: the model itself is neither run nor hooked
-        twin = GhostNet(model.num_classes, model.width, model.dropout).eval()
+def macs(model: nn.Module, image_size: int) -> int:
+    """Multiply-adds of the convolutions and linear layers for one square image of image_size pixels."""
+    twin = copy.deepcopy(model).to("meta").eval()  # without memory: the model itself is neither run nor hooked
     total = 0
 
     def count(layer: nn.Module, inputs: object, output: Tensor) -> None:

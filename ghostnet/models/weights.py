@@ -68,7 +68,12 @@ def load_weights(model: GhostNet, path: str | Path) -> list[str]:
 
     A classifier of another number of classes is left as initialised; anything else must match exactly.
     """
-    found, expected, messages = read_weights(path), model.state_dict(), []
+    return fit(model, read_weights(path), path)
+
+
+def fit(model: GhostNet, found: dict[str, Tensor], path: str | Path) -> list[str]:
+    """Do what load_weights does with a state dict that was read from a path."""
+    expected, messages = model.state_dict(), []
     classes = _classes(found, expected)
     if classes not in (None, model.num_classes):
         found |= {name: expected[name] for name in CLASSIFIER}
