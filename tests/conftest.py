@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ghostnet.data.datasets import Samples
@@ -17,6 +18,8 @@ REPOSITORY = Path(__file__).parent.parent
 TINY = ["data=fashion_mnist", "model.width=0.1", "epochs=2", "data.batch_size=32", "data.eval_batch_size=64"]
 TINY += ["data.workers=1", "log_every=2", "optim.lr=4", "schedule.warmup_epochs=0.5", "device=cpu"]
 """Overrides of a run of seconds: 2 epochs of 10 steps."""
+
+torch.set_num_threads(1)  # the tests are small: a second thread only waits
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -138,7 +138,7 @@ def test_evaluate_takes_data_and_precision_from_the_command(run: Run, tmp_path: 
         (["model.width=0.5"], "width 0.1"),
         (["model.num_classes=20"], "classifier of 10 classes"),
         (["ema=true"], "no moving average"),
-        (["-m", "ema=null,false"], "-m is for train.py"),
+        (["-m"], "-m is for train.py"),
     ):
         done = run("evaluate.py", "ckpt=here", *words)
         assert done.returncode == 1
@@ -228,7 +228,7 @@ def test_resuming_another_run_is_refused_with_the_difference(run: Run, tmp_path:
         ([*words, "resume=auto"], "hydra.run.dir="),
         ([*words, "resume=here/best.pt"], "last.pt"),
         ([*words, "resume=nowhere/last.pt"], "nowhere/last.pt does not exist"),
-        ([*words, "resume=here", "data=samples", "data.root=null", "epochs=3"], "6,000"),
+        ([*words, "resume=here", f"data.root={REPOSITORY / 'samples'}", "epochs=3"], "6,000"),
         ([*words, "resume=here", "data.batch_size=16"], "data.batch_size was 32, is 16"),
     ):
         refused = run("train.py", *words_)
