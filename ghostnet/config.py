@@ -251,8 +251,10 @@ def _is_group(override: Override) -> bool:
 
 def _group_fault(override: Override) -> str | None:
     group, value = override.key_or_group, override.value()
-    if value is None or value in options(group):
+    if value in options(group):
         return None
+    if value is None:
+        return f"{group}=null: no option. There are: {', '.join(options(group))}; to choose none, leave {group} out."
     if isinstance(value, dict):
         return f"{group}={{…}}: give its keys one by one, {group}.key=value."
     hint = did_you_mean(str(value), options(group))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import timm.scheduler
@@ -21,11 +22,11 @@ LABELS = torch.tensor([0, 1, 2, 0])
 OURS = {
     "sgd": lambda named: optim.sgd(named, lr=0.1, momentum=0.9, weight_decay=DECAY, nesterov=False),
     "sgd nesterov": lambda named: optim.sgd(named, lr=0.1, momentum=0.9, weight_decay=DECAY, nesterov=True),
-    "sgd without momentum": lambda named: optim.sgd(named, lr=0.1, momentum=0.0, weight_decay=DECAY, nesterov=True),
+    "sgd without momentum": lambda named: optim.sgd(named, lr=0.1, momentum=0.0, weight_decay=DECAY, nesterov=False),
     "fused_sgd": lambda named: optim.fused_sgd(named, lr=0.1, momentum=0.9, weight_decay=DECAY, nesterov=False),
     "fused_sgd nesterov": lambda named: optim.fused_sgd(named, lr=0.1, momentum=0.9, weight_decay=DECAY, nesterov=True),
     "fused_sgd without momentum": lambda named: optim.fused_sgd(
-        named, lr=0.1, momentum=0.0, weight_decay=DECAY, nesterov=True
+        named, lr=0.1, momentum=0.0, weight_decay=DECAY, nesterov=False
     ),
     "rmsprop": lambda named: optim.rmsprop(named, lr=0.01, momentum=0.9, weight_decay=DECAY, alpha=0.9, eps=1e-3),
     "adamw": lambda named: optim.adamw(named, lr=0.01, betas=[0.8, 0.99], weight_decay=DECAY, eps=1e-6),
@@ -306,3 +307,17 @@ def test_a_warm_up_longer_than_the_training_rises_in_a_line_and_never_fails(name
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_without_warm_up_starts_at_the_peak(name):
     assert make(name, "step", warmup_epochs=0)(0) == pytest.approx(0.4, rel=1e-12)
+
+
+@pytest.mark.parametrize("make", [optim.sgd, optim.fused_sgd])
+def test_nesterov_without_momentum_is_refused(make: Callable[..., torch.optim.Optimizer]) -> None:
+    weight = torch.zeros(2, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="Nesterov"):
+        make([("weight", weight)], lr=0.1, momentum=0.0, weight_decay=0.0, nesterov=True)
+
+
+@pytest.mark.parametrize("betas", [[0.9], [0.9, 0.99, 0.999]])
+def test_adamw_wants_two_betas(betas: list[float]) -> None:
+    weight = torch.zeros(2, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="two numbers"):
+        optim.adamw([("weight", weight)], lr=0.1, betas=betas, weight_decay=0.0, eps=1e-8)
