@@ -127,6 +127,7 @@ def run(job: launch.Job) -> dict[str, Any]:
 
     # The loop
     result = None
+    (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
     try:
         for logger in loggers:
             logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs))

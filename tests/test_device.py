@@ -35,9 +35,6 @@ class Cards:
     def get_device_name(self, device):
         return f"Card {device.index}"
 
-    def max_memory_allocated(self, device):
-        return 12345
-
     def __getattr__(self, name):
         return lambda *words, **settings: self.calls.append((name, *words, *settings.items()))
 
