@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ghostnet import launch
-from ghostnet.config import build, check_same_run
+from ghostnet.config import build, changes, check_same_run
 from ghostnet.errors import ConfigError, SampleError, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def run(job: launch.Job) -> dict[str, Any]:
     from ghostnet.device import cpu_count, describe, memory_format, resolve
     from ghostnet.ema import Ema
     from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo, Wandb
-    from ghostnet.models.ghostnet import freeze_backbone, macs
+    from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
@@ -64,6 +64,8 @@ def run(job: launch.Job) -> dict[str, Any]:
         for message in load_weights(model, cfg["model"]["weights"]):
             console.say(message)
     if cfg["model"]["freeze"]:
+        if not isinstance(model, GhostNet):
+            raise ConfigError(f"model.freeze=true is for GhostNet, not for {type(model).__name__}.")
         freeze_backbone(model)
     model = model.to(device, memory_format=memory_format(device))
     params = sum(p.numel() for p in model.parameters())
@@ -99,6 +101,8 @@ def run(job: launch.Job) -> dict[str, Any]:
     if (path := _resume_path(cfg["resume"], folder)) is not None:
         saved = checkpoint.load(path)
         check_same_run(saved["config"], cfg)
+        for change in changes(saved["config"], cfg):
+            console.say(f"note    {change}")
         check_same_data(saved["classes"], saved["images"], train_set)
         if saved["step"] > total_steps:
             raise ConfigError(

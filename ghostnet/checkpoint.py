@@ -39,8 +39,9 @@ def save(state: dict[str, Any], path: Path) -> None:
             os.close(folder)
     except OSError as error:
         raise UserError(
-            f"{path} can't be written: {error.strerror}. The last whole checkpoint is kept. Free some space or choose "
-            "another folder with hydra.run.dir=…, then go on with resume=…"
+            f"{path} can't be written: {error.strerror}. "
+            f"{f'The {path.name} of before is kept. ' if path.exists() else ''}"
+            "Free some space, or choose another folder with hydra.run.dir=…"
         ) from None
     finally:
         with contextlib.suppress(OSError):

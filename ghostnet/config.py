@@ -1,11 +1,13 @@
 """Compose the config and check keys, types, ranges and options at the door, before anything is started or written."""
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -119,7 +121,7 @@ def build(node: Config, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (w
     try:
         return get_object(node["_target_"])(*args, **keys, **kwargs)
     except ValueError as error:
-        raise ConfigError(f"{node['_target_']}: {error}") from None
+        raise ConfigError(f"{node['_target_'].rpartition('.')[2]}: {error}") from None
 
 
 def resolved(cfg: DictConfig) -> Config:
@@ -161,6 +163,13 @@ def check_same_run(saved: Config, config: Config) -> None:
         )
 
 
+def changes(saved: Config, config: Config) -> list[str]:
+    """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'."""
+    then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
+    keys = [key for key in now if then.get(key) != now[key] and key != "resume"]
+    return [f"{key} was {then.get(key)}, is {now[key]}" for key in keys]
+
+
 def flat(node: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """All leaves of a nested config as (dotted key, value)."""
     for key, value in node.items():
@@ -182,17 +191,20 @@ class Checked:
 
 def check_command(name: str, overrides: Sequence[str], multirun: bool) -> Checked:
     """Compose every job of a command and check it; one ConfigError lists all that is wrong, each with its way out."""
-    with _hydra():
+    with _hydra(), _yaml_errors():
+        parsed = [_parse(name, word) for word in overrides]
+        if swept := [] if multirun else [o.input_line for o in parsed if o.is_sweep_override()]:
+            words = " ".join(word.replace("hydra.run.dir=", "hydra.sweep.dir=") for word in overrides)
+            raise ConfigError(
+                f"{swept[0]}: several values. A list is written [a,b], a value with a comma is quoted; to try each "
+                f"value in a job of its own:\n  python train.py -m {words}"
+            )
         try:
-            parsed = OverridesParser.create().parse_overrides(list(overrides))
             jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [list(overrides)]
         except HydraException as error:
             raise ConfigError(_first_line(error)) from None
-        if swept := [] if multirun else [o.input_line for o in parsed if o.is_sweep_override()]:
-            raise ConfigError(
-                f"{swept[0]}: several values. A list is written [a,b]; to try each value in a job of its own:\n"
-                f"  python train.py -m {' '.join(overrides)}"
-            )
+        if not jobs:
+            raise ConfigError("this sweep has no job: one of its keys has no value.")
         found: dict[str, None] = {}
         configs = []
         for job in jobs:
@@ -203,6 +215,33 @@ def check_command(name: str, overrides: Sequence[str], multirun: bool) -> Checke
             raise ConfigError("\n       ".join(found))
         cfg = compose(name, overrides=list(jobs[0]), return_hydra_config=True)
         return Checked(configs, cfg.hydra)
+
+
+@contextlib.contextmanager
+def _yaml_errors() -> Iterator[None]:
+    """ConfigError with file and line where a config file is no YAML."""
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ConfigError(
+            f"{mark.name if mark else 'a config file'}, line {mark.line + 1 if mark else '?'}: {error.problem}"
+        ) from None
+
+
+def _parse(name: str, word: str) -> Override:
+    """One override; ConfigError that names it and the way out where it is none."""
+    try:
+        parsed: Override = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([word])[0]
+        return parsed
+    except HydraException:
+        key, equals, value = word.partition("=")
+        if equals and key.strip():
+            quoted = value.strip("'\"").replace("'", "\\'")
+            way_out = f"quote a value with special characters, \"{key.strip()}='{quoted}'\""
+        else:
+            way_out = f"did you mean ckpt={word}?" if name == "evaluate" else f"give it a value, {word}=…"
+        raise ConfigError(f"{word!r} is not of the form key=value: {way_out}") from None
 
 
 def _hydra() -> Any:  # noqa: ANN401 (a context manager that hydra does not type)
@@ -296,6 +335,8 @@ def check(name: str, config: Config) -> list[str]:
                     found += _target_faults(inner, f"{group}.{key}.", {})
         else:
             found += _target_faults(node, f"{group}.", fields(ModelExtras) if group == "model" else {})
+    if "local" in config:
+        found = ["conf/local/default.yaml: its first line must be '# @package _global_'."]
     values = dict(flat(config))
     size, same = values.get("data.image_size"), values.get("data.preprocessing.image_size")
     if size != same:

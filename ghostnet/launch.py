@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -19,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.config import Checked, Config, check_command, check_same_run, resolved, unresolved
-from ghostnet.errors import ConfigError, UserError, explain
+from ghostnet.errors import ConfigError, SampleError, UserError, explain
 
 log = logging.getLogger("ghostnet")
 
@@ -107,10 +108,7 @@ def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None
         OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
         return float(run(job)["top1"])
     except Interrupted as stop:
-        key, place = ("hydra.sweep.dir", hydra.sweep.dir) if sweep else ("hydra.run.dir", folder)
-        again = [word for word in typed if not word.startswith(("resume=", f"{key}="))]
-        say(f"{stop}: {folder / 'last.pt'} is saved. To go on:")
-        say(f"  {command_line([*again, f'{key}={os.path.relpath(place)}', 'resume=auto'])}")
+        say(f"{stop}: {folder / 'last.pt'} is saved. To go on:\n  {going_on(folder)}")
         raise SystemExit(128 + stop.signum) from None
     except Exception as error:
         log.exception("failed")
@@ -118,6 +116,8 @@ def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None
         if message is None and not sweep:
             raise
         say(f"error: {message or f'{type(error).__name__}: {error}'}")
+        if isinstance(error, SampleError) and (folder / "last.pt").exists():
+            say(f"What was trained so far is saved. To go on once that is mended:\n  {going_on(folder)}")
         failed.append(folder)
         if sweep:
             with contextlib.suppress(UserError):
@@ -129,6 +129,23 @@ def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None
                 for path in reversed(made[:-1]):
                     path.rmdir()
         return None
+
+
+def going_on(folder: Path) -> str:
+    """The command that goes on with this run, or with the sweep that it is a job of."""
+    hydra = HydraConfig.get()
+    sweep = hydra.mode == RunMode.MULTIRUN
+    key, place = ("hydra.sweep.dir", hydra.sweep.dir) if sweep else ("hydra.run.dir", folder)
+    again = [word for word in typed if not word.startswith(("resume=", f"{key}="))]
+    return command_line([*again, f"{key}={quoted(os.path.relpath(place))}", "resume=auto"])
+
+
+def quoted(text: str | Path) -> str:
+    """A text as hydra's grammar reads any text: as it is, or in quotes where it has special characters."""
+    if re.fullmatch(r"[\w./-]+", str(text), re.ASCII):
+        return str(text)
+    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def check_resume(folder: Path, cfg: Config) -> None:
@@ -146,6 +163,10 @@ def claim_folder(multirun: bool, checked: Checked) -> Path:
     folder = Path(checked.hydra.sweep.dir if multirun else checked.hydra.run.dir)
     given = any(word.lstrip("+").startswith(f"{key}=") for word in typed)
     resume = checked.jobs[0]["resume"]
+    if not str(checked.hydra.sweep.dir if multirun else checked.hydra.run.dir):
+        raise ConfigError(f"{key} is empty: give a folder.")
+    if multirun and any(word.startswith("hydra.run.dir=") for word in typed):
+        raise ConfigError("hydra.run.dir is the folder of a single run; that of a sweep is hydra.sweep.dir.")
     if resume == "auto" and not given:
         raise ConfigError(f"resume=auto goes on in a folder: give it, {key}=…")
     if given and resume is None and any(folder.glob("*/*.pt" if multirun else "*.pt")):
@@ -168,8 +189,7 @@ def claim_folder(multirun: bool, checked: Checked) -> Path:
         folder = _make(folder, its_own=not given)
     except OSError as error:
         raise ConfigError(f"{folder} can't be made: {error.strerror}. Choose another folder with {key}=…") from None
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    sys.argv.append(f"{key}='{quoted}'")
+    sys.argv.append(f"{key}={quoted(folder)}")
     return folder
 
 
@@ -207,7 +227,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def print_table(folder: Path) -> None:
     """All jobs of a sweep folder, best first, with the overrides in which they differ."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     jobs: list[tuple[dict[str, Any], str, list[str]]] = []
     for config in sorted(folder.glob("**/config.yaml"), key=lambda path: (len(path.parent.name), path)):
@@ -224,11 +244,15 @@ def print_table(folder: Path) -> None:
         return
     shared = set.intersection(*(set(words) for _, _, words in jobs)) if len(jobs) > 1 else set()
     jobs.sort(key=lambda job: -job[0].get("top1", -1.0))
-    table = Table("job", "overrides", *(heading for heading, _, _ in COLUMNS), "status")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    columns = [Column(heading, no_wrap=True) for heading in ("job", *(heading for heading, _, _ in COLUMNS), "status")]
+    table = Table(columns[0], Column("overrides", overflow="fold"), *columns[1:], title="best first")
     for result, number, words in jobs:
         cells = [format(result[key], spec) if key in result else "–" for _, key, spec in COLUMNS]
         table.add_row(number, " ".join(word for word in words if word not in shared), *cells, result["status"])
-    Console().print(table)
+    console.print(table)
     print(f"sweep folder: {folder}", flush=True)
 
 
@@ -237,5 +261,5 @@ COLUMNS = (
     ("Acc@5", "top5", ".3f"),
     ("loss", "loss", ".4f"),
     ("FPS", "fps", ".1f"),
-    ("seconds", "seconds", ".0f"),
+    ("seconds", "seconds", ".1f"),
 )

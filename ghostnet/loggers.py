@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ghostnet.errors import UserError
 
@@ -87,17 +88,27 @@ class JsonLines:
         """Nothing is left to do: every row is on disk."""
 
 
+class Display(Progress):
+    """Bars, and below them one line of numbers that is cut where the terminal is narrow."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bars, then the line."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.note, no_wrap=True, overflow="ellipsis")
+
+
 class ConsoleLogger:
     """A live display on a terminal, plain lines elsewhere; lines of epochs and results on both, and in train.log."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
-        self.progress = Progress(
+        self.progress = Display(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
@@ -111,21 +122,21 @@ class ConsoleLogger:
         self.run, self.first_step, self.started = run, run.step, time.monotonic()
         if self.live:
             per_epoch = run.total_steps // run.epochs
-            self.steps = self.progress.add_task("step ", total=run.total_steps, completed=run.step, note="")
-            self.epoch = self.progress.add_task("epoch", total=per_epoch, completed=run.step % per_epoch, note="")
-            self.evaluation = self.progress.add_task("eval ", total=None, visible=False, note="")
+            self.steps = self.progress.add_task("all steps", total=run.total_steps, completed=run.step)
+            self.epoch = self.progress.add_task("epoch", total=per_epoch, completed=run.step % per_epoch)
+            self.evaluation = self.progress.add_task("evaluation", total=None, visible=False)
             self.progress.start()
 
     def advance(self, step: int) -> None:
         """Move the bars to a step."""
         if self.live:
             per_epoch = self.run.total_steps // self.run.epochs
+            epoch, within = divmod(step - 1, per_epoch)
             self.progress.update(self.steps, completed=step)
-            self.progress.update(
-                self.epoch,
-                completed=(step - 1) % per_epoch + 1,
-                note=f"{(step - 1) // per_epoch + 1}/{self.run.epochs}",
-            )
+            if within == 0:
+                self.progress.reset(self.epoch)
+            description = f"epoch {epoch + 1}/{self.run.epochs}"
+            self.progress.update(self.epoch, completed=within + 1, description=description)
 
     def evaluating(self, done: int, total: int) -> None:
         """Move the evaluation's bar; it is gone when done."""
@@ -140,7 +151,7 @@ class ConsoleLogger:
                 f"wait {100 * row['train/data_wait']:.0f} %"
             )
             if self.live:
-                self.progress.update(self.steps, note=note)
+                self.progress.note = note
                 log.info("epoch %s step %s  %s", row["epoch"], row["step"], note)
             else:
                 self.say(

@@ -19,6 +19,7 @@ PositiveInt = Annotated[int, ">= 1"]
 NonNegativeInt = Annotated[int, ">= 0"]
 Probability = Annotated[float, "in [0, 1]"]
 Share = Annotated[float, "in (0, 1]"]
+Magnitude = Annotated[float, "in [0, 30]"]
 Fraction = Annotated[float, "in [0, 1)"]
 
 _RANGES = {
@@ -27,6 +28,7 @@ _RANGES = {
     ">= 1": lambda v: v >= 1,
     "in [0, 1]": lambda v: 0 <= v <= 1,
     "in (0, 1]": lambda v: 0 < v <= 1,
+    "in [0, 30]": lambda v: 0 <= v <= 30,
     "in [0, 1)": lambda v: 0 <= v < 1,
 }
 _NAMES: dict[str, Any] = {

@@ -125,7 +125,7 @@ def test_a_full_disk_ends_in_one_message_and_keeps_the_old_checkpoint(tmp_path):
         """,
         tmp_path,
     )
-    message = f"{tmp_path}/last.pt can't be written: File too large. The last whole checkpoint is kept."
+    message = f"{tmp_path}/last.pt can't be written: File too large. The last.pt of before is kept."
     assert [line.startswith(message) for line in lines] == 5 * [True]
     assert (tmp_path / "last.pt").read_bytes() == before
     assert names(tmp_path) == ["last.pt"]

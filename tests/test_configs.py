@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ghostnet import config
+from ghostnet import config, launch
 from ghostnet.errors import ConfigError
 from ghostnet.models.ghostnet import GhostNet
 from ghostnet.optim import Timeline
@@ -121,7 +121,10 @@ FAULTS = {
     "amp=o2 amp.loss_scale=big": ["amp.loss_scale=big", "dynamic"],
     "~optim.momentum": ["optim.momentum", "missing"],
     "optim._target_=os.system": ["os.system", "not in a module of this project"],
-    "optim.lr=[": ["["],
+    "optim.lr=[": ["optim.lr='['"],
+    "hydra.run.dir=x=y": ["hydra.run.dir='x=y'"],
+    "epochs": ["epochs=…"],
+    "data.augment.magnitude=31": ["in [0, 30]"],
     "=3": ["="],
 }
 
@@ -138,6 +141,17 @@ def test_all_faults_of_a_command_come_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
         checked("optim.lrr=1", "epochs=no", "amp=o3", "model.dropout=3")
     assert all(part in str(caught.value) for part in ("optim.lrr", "epochs=no", "amp=o3", "model.dropout=3"))
+
+
+@pytest.mark.parametrize("path", ["a b", "x=y", "ü", "it's (1)", "[a,b]"])
+def test_a_quoted_path_is_taken_as_it_is(path: str) -> None:
+    word = f"data.root={launch.quoted(path)}"
+    assert checked(word)["data"]["root"] == path
+
+
+def test_a_sweep_without_jobs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no job"):
+        config.check_command("train", ["seed=range(0)"], multirun=True)
 
 
 def test_a_sweep_is_checked_whole_before_its_first_job() -> None:

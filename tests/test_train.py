@@ -246,6 +246,7 @@ def test_a_finished_run_can_be_made_longer(run: Run, tmp_path: Path, tiny_data: 
     assert run("train.py", *words, "epochs=1").returncode == 0
     done = run("train.py", *words, "epochs=3", "resume=auto")
     assert done.returncode == 0, done.stderr
+    assert "epochs was 1, is 3" in done.stdout
     assert result(tmp_path / "here")["steps"] == 30
 
 
@@ -359,9 +360,10 @@ def test_a_damaged_image_is_named(run: Run, tmp_path: Path, image_folder: Path) 
     assert done.returncode == 1
     assert str(bad) in done.stderr
     assert "Traceback" not in done.stderr
-    # What was trained so far is saved, and goes on once the file is mended.
+    # What was trained so far is saved, and goes on once the file is mended, by the command that was printed.
     bad.write_bytes((image_folder / bad.relative_to(root)).read_bytes())
-    mended = run("train.py", *words, "hydra.run.dir=here", "resume=auto")
+    command = next(line.strip() for line in done.stderr.splitlines() if line.startswith("  python"))
+    mended = run("train.py", *shlex.split(command)[2:])
     assert mended.returncode == 0, mended.stderr
     assert run("train.py", *words, "hydra.run.dir=whole").returncode == 0
     assert_same_state(tmp_path / "whole" / "last.pt", tmp_path / "here" / "last.pt")
@@ -479,5 +481,5 @@ def test_a_terminal_shows_bars_with_an_eta(tmp_path: Path, tiny_data: Path) -> N
             break
     assert process.wait(60) == 0
     text = shown.decode(errors="replace")
-    for part in ("step", "epoch", "eta", "20/20", "img/s", "loss", "lr"):
+    for part in ("all steps", "epoch 2/2", "10/10", "eta", "20/20", "img/s", "loss", "lr"):
         assert part in text

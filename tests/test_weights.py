@@ -93,6 +93,16 @@ class Malicious:
 # Files that are read
 
 
+def test_a_model_of_another_class_takes_its_own_weights_and_no_others():
+    from ghostnet.models.weights import fit
+
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    assert fit(model, other.state_dict(), "own.pt") == []
+    assert torch.equal(model.weight, other.weight)
+    with pytest.raises(UserError, match=r"own\.pt does not fit Linear: 1 missing \(bias\); 1 unexpected \(extra\)"):
+        fit(model, {"weight": other.weight, "extra": other.bias}, "own.pt")
+
+
 def test_an_official_state_dict_gives_the_logits_of_timm(theirs, published, path):
     torch.save(published, path)
     model = GhostNet(width=0.5).eval()

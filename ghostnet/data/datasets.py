@@ -45,7 +45,7 @@ class ImageFolder:
     """root/train/<class>/* and root/val/<class>/*: JPEG, PNG or WebP files, ImageNet's layout; hidden ones left out."""
 
     def __init__(self, split: Split, /, root: str | None) -> None:
-        if root is None:
+        if not root:
             raise UserError(
                 "data.root is not set: give the folder that holds train/<class>/* and val/<class>/*, "
                 "as data.root=/data/imagenet, or try it without a data set of your own: experiment=quickstart"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ghostnet.schema import NonNegative, NonNegativeInt, PositiveInt, Probability, Share
+from ghostnet.schema import Magnitude, NonNegative, NonNegativeInt, PositiveInt, Probability, Share
 from ghostnet.seeding import fold_in
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
@@ -88,7 +88,7 @@ class Augment:
     """Brightness, contrast and saturation are each scaled by a factor in 1 ± this, in random order."""
     randaugment: NonNegativeInt
     """How many of RandAugment's operations (arXiv 1909.13719) a picture gets; 0: none."""
-    magnitude: NonNegative
+    magnitude: Magnitude
     """RandAugment's strength, 0 to 30."""
     erasing: Probability
     """Probability that a random rectangle is overwritten with noise (arXiv 1708.04896)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghostnet.errors import UserError
 from ghostnet.models.ghostnet import LAST_CHANNELS, STEM_CHANNELS, GhostNet
@@ -63,7 +63,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     }
 
 
-def load_weights(model: GhostNet, path: str | Path) -> list[str]:
+def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     """Load a file into the model, all or nothing -> what the user should know of it. UserError if it does not fit.
 
     A classifier of another number of classes is left as initialised; anything else must match exactly.
@@ -71,9 +71,15 @@ def load_weights(model: GhostNet, path: str | Path) -> list[str]:
     return fit(model, read_weights(path), path)
 
 
-def fit(model: GhostNet, found: dict[str, Tensor], path: str | Path) -> list[str]:
-    """Do what load_weights does with a state dict that was read from a path."""
-    expected, messages = model.state_dict(), []
+def fit(model: nn.Module, found: dict[str, Tensor], path: str | Path) -> list[str]:
+    """Do what load_weights does with a state dict that was read from a path. Other models than GhostNet fit exactly."""
+    expected: dict[str, Tensor] = model.state_dict()
+    messages: list[str] = []
+    if not isinstance(model, GhostNet):
+        if differences := _differences(found, expected):
+            raise UserError(f"{path} does not fit {type(model).__name__}: {differences}")
+        model.load_state_dict(found)
+        return messages
     classes = _classes(found, expected)
     if classes not in (None, model.num_classes):
         found |= {name: expected[name] for name in CLASSIFIER}
