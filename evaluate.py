@@ -8,8 +8,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet import launch
-from ghostnet.config import Config, build, check, given_keys, resolved
+from ghostnet.config import Config, build, check, resolved
 from ghostnet.errors import ConfigError, UserError, explain
+from ghostnet.overrides import given_keys
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from ghostnet.data.datasets import relabel
     from ghostnet.data.loader import EvalLoader, Feeder
     from ghostnet.device import cpu_count, describe, memory_format, resolve
-    from ghostnet.loggers import EvalProgress
+    from ghostnet.loggers import evaluation_bar
     from ghostnet.models.weights import fit, read_file, read_weights
 
     # Checkpoint
@@ -57,8 +58,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {device}: {describe(device)}")
 
     # Counts
-    with EvalProgress(len(val_set)) as progress:
-        result = engine.evaluate(model, amp, loader, progress.advance)
+    with evaluation_bar(len(val_set)) as advance:
+        result = engine.evaluate(model, amp, loader, advance)
     feeder.close()
     return {
         "top1": result.top1,

@@ -8,10 +8,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -19,8 +21,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.config import Checked, Config, check_command, check_same_run, resolved, unresolved
+from ghostnet.config import Config, check_same_run, resolved, unresolved
 from ghostnet.errors import ConfigError, SampleError, UserError, explain
+from ghostnet.overrides import Checked, check_command
 
 log = logging.getLogger("ghostnet")
 
@@ -64,6 +67,7 @@ def enter(name: str, launch: Callable[[], Any], trains: bool) -> None:
     args = get_args_parser().parse_args()
     asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
     folder = None
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         if not (args.help or args.hydra_help or args.shell_completion):
             checked = check_command(args.config_name or name, args.overrides, args.multirun)
@@ -84,6 +88,12 @@ def enter(name: str, launch: Callable[[], Any], trains: bool) -> None:
             print_table(folder)
     if failed:
         sys.exit(1)
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM outside the loop, which has a way of its own to end."""
+    say("SIGTERM: stopped outside of training, nothing was saved.")
+    raise SystemExit(128 + signum)
 
 
 def _refuse_many_devices(checked: Checked) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -194,30 +194,14 @@ class ConsoleLogger:
         self.say(f"E2E Training Duration sec : {result['seconds']:.0f}")
 
 
-class EvalProgress:
-    """A bar over the images of an evaluation, on a terminal."""
-
-    def __init__(self, total: int) -> None:
-        self.console = Console()
-        self.progress = Progress(
-            *Progress.get_default_columns(),
-            MofNCompleteColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.progress.add_task("eval", total=total)
-
-    def advance(self, images: int) -> None:
-        """Move the bar by so many images."""
-        self.progress.advance(self.task, images)
-
-    def __enter__(self) -> "EvalProgress":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+@contextlib.contextmanager
+def evaluation_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over the images of an evaluation, on a terminal; gives the function that moves it by so many images."""
+    console = Console()
+    columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("evaluation", total=total)
+        yield lambda images: progress.advance(task, images)
 
 
 class Wandb:

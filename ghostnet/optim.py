@@ -75,7 +75,7 @@ def rmsprop(
 
 
 def adamw(
-    named: NamedParameters, /, lr: Positive, betas: list[float], weight_decay: NonNegative, eps: Positive
+    named: NamedParameters, /, lr: Positive, betas: list[Fraction], weight_decay: NonNegative, eps: Positive
 ) -> Optimizer:
     """AdamW (arXiv 1711.05101), fused; betas: two numbers in [0, 1)."""
     if len(betas) != 2:

@@ -204,6 +204,19 @@ def test_a_run_stopped_in_mid_epoch_resumes_bit_exactly(run: Run, tmp_path: Path
         assert result(tmp_path / "whole")[key] == result(tmp_path / "cut")[key]
 
 
+def test_sigterm_before_the_first_step_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "train.py"), "data=samples", "model.width=10", "hydra.run.dir=here"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith(b"data "):  # now it builds a model that takes long
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert b"nothing was saved" in err
+    assert b"Traceback" not in err
+
+
 def test_a_killed_run_goes_on_from_its_last_save_in_its_own_folder(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "log_every=1", "save_every=3"]
     assert run("train.py", *words, "hydra.run.dir=whole").returncode == 0

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ghostnet.schema import Magnitude, NonNegative, NonNegativeInt, PositiveInt, Probability, Share
+from ghostnet.schema import Magnitude, NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share
 from ghostnet.seeding import fold_in
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
@@ -33,9 +33,9 @@ class Preprocessing:
     """Side of the square input in pixels."""
     crop: Share
     """The central crop's share of the resized shorter side, in (0, 1]: 224 px and 0.875 resize to 256 first."""
-    mean: list[float]
+    mean: list[Probability]
     """Red, green, blue, of values in [0, 1]."""
-    std: list[float]
+    std: list[Positive]
     interpolation: Interpolation
 
     def __post_init__(self) -> None:
@@ -78,9 +78,9 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
 class Augment:
     """What happens to a training picture: random crop, flips, colour jitter, RandAugment, random erasing."""
 
-    scale: list[float]
+    scale: list[Share]
     """Area of the random crop, as shares of the picture's: [least, most]."""
-    ratio: list[float]
+    ratio: list[Positive]
     """Width to height of the random crop: [least, most], drawn evenly in the logarithm."""
     hflip: Probability
     vflip: Probability
