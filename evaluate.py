@@ -1,41 +1,53 @@
 """Evaluate a checkpoint: python evaluate.py ckpt=FILE|RUN_FOLDER [data.root=…] -> Acc@1, Acc@5, loss, FPS."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet import launch
-from ghostnet.config import Config, build, check, resolved
+from ghostnet.config import Config, build, check, resolved, unresolved
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.overrides import given_keys
 
+if TYPE_CHECKING:
+    from ghostnet.distributed import Ranks
 
-def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
-    """One evaluation, in flow order: checkpoint, device, data, model, counts. -> What the last line prints."""
+
+def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
+    """One evaluation, in flow order: checkpoint, device, data, model, counts. -> What the last line prints.
+
+    job: the command's config, resolved but for what the checkpoint gives, and its overrides. Every rank runs it.
+    """
     import torch
 
     from ghostnet import checkpoint, engine
     from ghostnet.data.datasets import relabel
     from ghostnet.data.loader import EvalLoader, Feeder
-    from ghostnet.device import cpu_count, describe, memory_format, resolve
+    from ghostnet.device import cards, choose, cpu_count, describe, memory_format, resolve
+    from ghostnet.distributed import pin
     from ghostnet.loggers import evaluation_bar
     from ghostnet.models.weights import fit, read_file, read_weights
 
     # Checkpoint
+    cfg, overrides = OmegaConf.create(job[0]), job[1]
     path = checkpoint.find(cfg.ckpt, checkpoint.BEST)
     saved = read_file(path)
     own = checkpoint.is_own(saved)
     config = with_saved(cfg, saved["config"], overrides) if own else resolved(cfg)
 
     # Device, data
-    device = resolve(config["device"]["kind"], (config["device"]["ids"] or [0])[0])
+    kind, why = choose(config["device"]["kind"])
+    device = resolve(kind, ranks.card(config["device"]["ids"], cards(kind)))
+    ranks = ranks.on(device)
+    pinned = f"; {ranks}, {pin(ranks, device)}" if ranks.world_size > 1 else ""
     data = config["data"]
-    val_set = build(data["dataset"], "val")
+    with ranks.main_first():
+        val_set = build(data["dataset"], "val")
     feeder = Feeder(device, data["workers"] or cpu_count(), data["image_size"])
-    loader = EvalLoader(val_set, build(data["preprocessing"]), data["eval_batch_size"], feeder)
+    loader = EvalLoader(val_set, build(data["preprocessing"]), data["eval_batch_size"], feeder, ranks)
 
     # Model
     num_classes = config["model"]["num_classes"] or (saved["num_classes"] if own else len(val_set.classes))
@@ -55,11 +67,13 @@ def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         )
     amp = build(config["amp"])
     model = amp.for_evaluation(model.to(device, memory_format=memory_format(device)), device)
-    print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {device}: {describe(device)}")
+    if ranks.is_main:
+        where = f"{device}: {describe(device)}{pinned}{f' ({why})' if why != 'as asked' else ''}"
+        print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {where}", flush=True)
 
     # Counts
-    with evaluation_bar(len(val_set)) as advance:
-        result = engine.evaluate(model, amp, loader, advance)
+    with evaluation_bar(sum(map(len, loader.indices)), quiet=not ranks.is_main) as advance:
+        result = engine.evaluate(model, amp, loader, engine.StopSignal(ranks), advance)
     feeder.close()
     return {
         "top1": result.top1,
@@ -74,6 +88,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         "ema": use_ema,
         "amp": amp.name,
         "device": device.type,
+        "world_size": ranks.world_size,
         "torch": torch.__version__,
     }
 
@@ -100,7 +115,8 @@ def main(cfg: DictConfig) -> float:
     from ghostnet.loggers import jsonable
 
     try:
-        result = run(cfg, list(HydraConfig.get().overrides.task))
+        job = unresolved(cfg), list(HydraConfig.get().overrides.task)
+        result = launch.on_ranks(run, job, resolved(cfg)["device"])
     except Exception as error:
         message = explain(error)
         if message is None:
@@ -113,4 +129,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    launch.enter("evaluate", main, trains=False)
+    launch.enter("evaluate", main, run, trains=False)

@@ -11,23 +11,28 @@ from omegaconf import DictConfig
 
 from ghostnet import launch
 from ghostnet.config import build, changes, check_same_run
-from ghostnet.errors import ConfigError, SampleError, UserError
+from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
 
 if TYPE_CHECKING:
     from ghostnet.data.loader import EvalLoader
+    from ghostnet.distributed import Ranks
     from ghostnet.engine import Recipe, StopSignal, TrainState
     from ghostnet.loggers import ConsoleLogger, Row
 
 
-def run(job: launch.Job) -> dict[str, Any]:
-    """One run, in flow order: device, data, model, optimizer, loggers, the loop, the result. -> result.json."""
+def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
+    """One run, in flow order: device, data, model, optimizer, loggers, the loop, the result. -> result.json.
+
+    Every rank runs it; the main one prints and writes.
+    """
     started = time.monotonic()
     import torch
 
     from ghostnet import checkpoint, engine
     from ghostnet.data.datasets import check_same_classes, check_same_data
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
-    from ghostnet.device import cpu_count, describe, memory_format, resolve
+    from ghostnet.device import cards, check_sync_bn, choose, cpu_count, describe, memory_format, peak_memory, resolve
+    from ghostnet.distributed import pin, synchronized
     from ghostnet.ema import Ema
     from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo, Wandb
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
@@ -35,21 +40,25 @@ def run(job: launch.Job) -> dict[str, Any]:
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
 
-    cfg, folder, console = job.cfg, job.folder, ConsoleLogger()
+    cfg, folder, console = job.cfg, job.folder, ConsoleLogger(quiet=not ranks.is_main)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
 
     # Device
-    device = resolve(cfg["device"]["kind"], (cfg["device"]["ids"] or [0])[0])
-    console.say(f"device  {device}: {describe(device)}")
+    kind, why = choose(cfg["device"]["kind"])
+    device = resolve(kind, ranks.card(cfg["device"]["ids"], cards(kind)))
+    ranks = ranks.on(device)
+    pinned = f"; {ranks}, {pin(ranks, device)}" if ranks.world_size > 1 else ""
+    console.say(f"device  {device}: {describe(device)}{pinned}{f' ({why})' if why != 'as asked' else ''}")
 
     # Data
-    train_set, val_set = build(data["dataset"], "train"), build(data["dataset"], "val")
+    with ranks.main_first():
+        train_set, val_set = build(data["dataset"], "train"), build(data["dataset"], "val")
     check_same_classes(train_set, val_set)
     threads = data["workers"] or cpu_count()
     feeders = [Feeder(device, threads, data["image_size"]) for _ in range(2)]
     preprocessing, augment = build(data["preprocessing"]), build(data["augment"])
-    train_loader = TrainLoader(train_set, preprocessing, augment, data["batch_size"], seed, feeders[0])
-    eval_loader = EvalLoader(val_set, preprocessing, data["eval_batch_size"], feeders[1])
+    train_loader = TrainLoader(train_set, preprocessing, augment, data["batch_size"], seed, feeders[0], ranks)
+    eval_loader = EvalLoader(val_set, preprocessing, data["eval_batch_size"], feeders[1], ranks)
     steps_per_epoch = engine.steps_per_epoch(train_loader, accumulate)
     console.say(f"data    {len(train_set):,} + {len(val_set):,} images of {len(train_set.classes)} classes")
 
@@ -77,9 +86,12 @@ def run(job: launch.Job) -> dict[str, Any]:
     )
 
     # Precision, optimizer, schedule
-    global_batch_size = data["batch_size"] * accumulate
+    global_batch_size = data["batch_size"] * ranks.world_size * accumulate
     peak = scaled_lr(cfg["optim"]["lr"], global_batch_size)
     ema = Ema(model, cfg["ema_decay"]) if cfg["ema_decay"] else None
+    if cfg["sync_bn"]:
+        check_sync_bn(device)
+        model = synchronized(model, ranks)
     amp = build(cfg["amp"])
     optimizer = amp.initialize(model, lambda named: build(cfg["optim"] | {"lr": peak}, named), device)
     schedule = build(cfg["schedule"], Timeline(peak, cfg["epochs"], steps_per_epoch))
@@ -97,10 +109,15 @@ def run(job: launch.Job) -> dict[str, Any]:
     )
 
     # Resume
-    state, earlier = engine.TrainState(model, optimizer, amp, ema, device), 0.0
-    if (path := _resume_path(cfg["resume"], folder)) is not None:
-        saved = checkpoint.load(path)
+    state, earlier = engine.TrainState(model, optimizer, amp, ema, device, ranks, cfg["dist_bn"]), 0.0
+    path, saved = ranks.from_main(lambda: _saved(cfg["resume"], folder))
+    if saved is not None:
         check_same_run(saved["config"], cfg)
+        if saved["global_batch_size"] != global_batch_size:
+            raise ConfigError(
+                f"resume: the global batch was {saved['global_batch_size']}, is {global_batch_size}: "
+                f"{ranks.world_size} ranks × data.batch_size × accumulate. Give the data.batch_size that keeps it."
+            )
         for change in changes(saved["config"], cfg):
             console.say(f"note    {change}")
         check_same_data(saved["classes"], saved["images"], train_set)
@@ -111,31 +128,36 @@ def run(job: launch.Job) -> dict[str, Any]:
         state.load_state_dict(saved)
         earlier = saved["seconds"]
         del saved  # a second copy of all weights and moments
-        for name in (checkpoint.BEST, Wandb.ID_FILE):
+        for name in (checkpoint.BEST, Wandb.ID_FILE) if ranks.is_main else ():
             if (path.parent / name).exists() and not (folder / name).exists():
                 shutil.copy2(path.parent / name, folder / name)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
 
     # Loggers
     loggers = [console, JsonLines(), *([build(cfg["logger"]["wandb"])] if cfg["logger"]["wandb"] else [])]
+    loggers = loggers if ranks.is_main else []
 
     def log(row: "Row") -> None:
         for logger in loggers:
             logger.log(row)
 
     def save(name: str) -> None:
-        seconds = earlier + time.monotonic() - started
+        content = state.state_dict()
         facts = {"config": job.raw, "classes": train_set.classes, "images": len(train_set), "num_classes": num_classes}
-        facts["seconds"] = seconds
-        checkpoint.save(state.state_dict() | facts, folder / name)
+        facts["seconds"] = earlier + time.monotonic() - started
+        facts["global_batch_size"] = global_batch_size
+        if ranks.is_main:
+            checkpoint.save(content | facts, folder / name)
+        ranks.barrier()
 
     # The loop
     result = None
-    (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
+    if ranks.is_main:
+        (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
     try:
         for logger in loggers:
             logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs))
-        with engine.StopSignal() as stop:
+        with engine.StopSignal(ranks) as stop:
             try:
                 while True:
                     epoch, within = divmod(state.step, steps_per_epoch)
@@ -148,7 +170,7 @@ def run(job: launch.Job) -> dict[str, Any]:
                         save(checkpoint.LAST)
                     if state.step >= total_steps:
                         break
-                    for step in engine.train(state, train_loader, recipe):
+                    for step in engine.train(state, train_loader, recipe, stop):
                         console.advance(step)
                         if step % cfg["log_every"] == 0 or step % steps_per_epoch == 0:
                             _stop_if_not_finite(state, recipe, folder)
@@ -157,14 +179,13 @@ def run(job: launch.Job) -> dict[str, Any]:
                             _stop_if_not_finite(state, recipe, folder)
                             save(checkpoint.LAST)
                             state.speed.resume()
-                        stop.check()
-            except (engine.Interrupted, SampleError):
+            except (engine.Interrupted, SampleError, PeerFailed):
                 _stop_if_not_finite(state, recipe, folder)
                 save(checkpoint.LAST)
                 raise
 
         # Result
-        source = "ema" if ema else "eval"
+        source, speed = "ema" if ema else "eval", state.speed.total
         result = {
             "status": "completed",
             "top1": state.best[f"{source}/top1"],
@@ -173,26 +194,33 @@ def run(job: launch.Job) -> dict[str, Any]:
             "best_epoch": state.best["epoch"],
             "last_top1": state.last[f"{source}/top1"],
             "train_loss": state.train_loss,
-            "fps": state.speed.fps,
-            "data_wait": state.speed.data_wait,
+            "fps": speed.fps,
+            "compute": speed.compute,
+            "data_wait": speed.data_wait,
+            "reduction": speed.reduction,
             "eval_fps": state.last["eval/fps"],
             "epochs": epochs,
             "steps": state.step,
             "amp": amp.name,
             "device": device.type,
             "device_name": describe(device),
-            "world_size": 1,
+            "world_size": ranks.world_size,
             "batch_size": data["batch_size"],
             "global_batch_size": global_batch_size,
+            "image_size": data["image_size"],
             "params": params,
             "macs": multiply_adds,
             "num_classes": num_classes,
             "seed": seed,
             "torch": torch.__version__,
+            "memory": ranks.gather(peak_memory(device)),
             "seconds": earlier + time.monotonic() - started,
             "command": job.command,
         }
-        launch.write_json(folder / "result.json", result)
+        if cfg["baseline"]:
+            result |= _efficiency(result, cfg["baseline"])
+        if ranks.is_main:
+            launch.write_json(folder / "result.json", result)
         return result
     finally:
         with contextlib.ExitStack() as stack:  # each is ended, even where another fails
@@ -202,35 +230,49 @@ def run(job: launch.Job) -> dict[str, Any]:
                 stack.callback(logger.finish, result)
 
 
-def _resume_path(resume: str | None, folder: Path) -> Path | None:
-    """The checkpoint to go on with; None for a fresh start."""
+def _saved(resume: str | None, folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The checkpoint to go on with and what it holds; None for a fresh start."""
     from ghostnet import checkpoint
 
-    if resume == "auto":
-        return folder / checkpoint.LAST if (folder / checkpoint.LAST).exists() else None
-    return None if resume is None else checkpoint.find(resume, checkpoint.LAST)
+    path = folder / checkpoint.LAST
+    if resume is None or (resume == "auto" and not path.exists()):
+        return path, None
+    path = path if resume == "auto" else checkpoint.find(resume, checkpoint.LAST)
+    return path, checkpoint.load(path)
+
+
+def _efficiency(result: dict[str, Any], baseline: str) -> dict[str, Any]:
+    """The speed of a device here as a share of that in another run, and what else differs between the two."""
+    other = launch.baseline(baseline)
+    share = result["fps"] / result["world_size"] / (other["fps"] / other["world_size"])
+    same = ("amp", "device_name", "batch_size", "image_size", "params")
+    differs = [f"{key} {other.get(key)} → {result[key]}" for key in same if other.get(key) != result[key]]
+    fps = other["fps"] / other["world_size"]
+    return {"baseline": baseline, "baseline_fps": fps, "scaling_efficiency": share, "baseline_differs": differs}
 
 
 def _train_row(state: "TrainState", steps_per_epoch: int) -> "Row":
     """The metrics since the last row; waits for the device."""
-    state.train_loss = state.meter.read()
-    fps, data_wait = state.speed.read()
-    return {
+    state.train_loss = state.meter.read(state.ranks)
+    speed = state.speed.read(state.ranks)
+    row = {
         "step": state.step,
         "epoch": (state.step - 1) // steps_per_epoch + 1,
         "time": time.time(),
         "train/loss": state.train_loss,
         "train/lr": state.optimizer.param_groups[0]["lr"],
-        "train/fps": fps,
-        "train/data_wait": data_wait,
+        "train/fps": speed.fps,
+        "train/compute": speed.compute,
+        "train/data_wait": speed.data_wait,
     }
+    return row | ({"train/reduction": speed.reduction} if state.ranks.world_size > 1 else {})
 
 
 def _stop_if_not_finite(state: "TrainState", recipe: "Recipe", folder: Path) -> None:
     """UserError with the step, the learning rate and the last good checkpoint where a loss was not finite."""
     from ghostnet import checkpoint
 
-    bad = state.meter.bad_step()
+    bad = state.meter.bad_step(state.ranks)
     if bad is not None or not state.is_finite():
         what, step = ("the loss is", bad) if bad is not None else ("weights are", state.step)
         last = folder / checkpoint.LAST
@@ -247,21 +289,21 @@ def _evaluate(
     """Evaluate the weights and their average; the row becomes the state's last, and its best where it is."""
     from ghostnet import engine
 
-    done, total = 0, len(loader.dataset) * (2 if state.ema else 1)
+    done, total = 0, sum(map(len, loader.indices)) * (2 if state.ema else 1)
 
     def on_batch(images: int) -> None:
         nonlocal done
         done += images
         console.evaluating(done, total)
-        stop.check()
 
-    result = engine.evaluate(state.model, state.amp, loader, on_batch)
-    row: dict[str, Any] = {"step": state.step, "epoch": epoch, "time": time.time(), "eval/loss": result.loss}
-    row |= {"eval/top1": result.top1, "eval/top5": result.top5, "eval/fps": result.fps}
-    if state.ema:
-        average = state.amp.for_evaluation(state.ema.module, state.device)
-        result = engine.evaluate(average, state.amp, loader, on_batch)
-        row |= {"ema/loss": result.loss, "ema/top1": result.top1, "ema/top5": result.top5}
+    with state.agreed():
+        result = engine.evaluate(state.model, state.amp, loader, stop, on_batch)
+        row: dict[str, Any] = {"step": state.step, "epoch": epoch, "time": time.time(), "eval/loss": result.loss}
+        row |= {"eval/top1": result.top1, "eval/top5": result.top5, "eval/fps": result.fps}
+        if state.ema:
+            average = state.amp.for_evaluation(state.ema.module, state.device)
+            result = engine.evaluate(average, state.amp, loader, stop, on_batch)
+            row |= {"ema/loss": result.loss, "ema/top1": result.top1, "ema/top5": result.top5}
     monitored = "ema/top1" if state.ema else "eval/top1"
     row["best"] = not state.best or row[monitored] > state.best[monitored]
     state.last, state.evaluated = row, state.step
@@ -277,4 +319,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    launch.enter("train", main, trains=True)
+    launch.enter("train", main, run, trains=True)

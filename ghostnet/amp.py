@@ -12,12 +12,62 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ghostnet.device import apex_options, check_bf16, half_dtype
+from ghostnet.device import apex_options, check_bf16, grad_scaler, half_dtype
 from ghostnet.errors import UserError
 from ghostnet.schema import Positive
 
 MakeOptimizer = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
 LossScale = Positive | Literal["dynamic"]
+
+
+class Scale:
+    """The loss scale: a number that is never checked, or dynamic, by the GradScaler that suits the device.
+
+    Dynamic: from 2^16, halved on overflow, whose update is skipped; doubled after 2000 clean steps, up to 2^24. The
+    device is not waited for, but with optimizers that are not fused: torch's GradScaler reads whether to skip theirs.
+    """
+
+    LARGEST = 2.0**24
+
+    def __init__(self, loss_scale: LossScale) -> None:
+        self.number = None if loss_scale == "dynamic" else float(loss_scale)
+        self.scaler: Any = None
+
+    def start(self, device: torch.device) -> None:
+        """Once, before the first step."""
+        if self.number is None:
+            self.scaler = grad_scaler(device)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Loss × scale."""
+        scaled: Tensor = loss * self.number if self.number is not None else self.scaler.scale(loss)
+        return scaled
+
+    def unscale(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        """Divide the gradients of the optimizer's parameters by the scale."""
+        if self.number is None:
+            self.scaler.unscale_(optimizer)
+        elif gradients := [p.grad for p in parameters if p.grad is not None]:
+            torch._foreach_div_(gradients, self.number)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Update, or skip the update where a dynamic scale was too large, and move that scale."""
+        if self.number is None:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            self.scaler._scale.clamp_(max=self.LARGEST)
+        else:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a dynamic scale."""
+        return self.scaler.state_dict() if self.number is None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a dynamic scale; a number stays, and a run that had one starts a new scale."""
+        if self.number is None and state:
+            # The GradScalers of torch and torch_npu keep the same under the same names, but for torch_npu's `dynamic`.
+            self.scaler.load_state_dict(self.scaler.state_dict() | state)
 
 
 class Amp:
@@ -105,12 +155,11 @@ class Fp16(Bf16):
 
     def __init__(self, loss_scale: LossScale) -> None:
         super().__init__()
-        self.scale = 1.0 if loss_scale == "dynamic" else float(loss_scale)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=loss_scale == "dynamic")
+        self.loss_scale = Scale(loss_scale)
 
     def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
-        """Make torch's GradScaler for the device; it does nothing where the scale is a number."""
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.scaler.is_enabled())
+        """Ready the loss scale for the device."""
+        self.loss_scale.start(device)
         return Amp.initialize(self, model, make_optimizer, device)
 
     def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
@@ -119,44 +168,35 @@ class Fp16(Bf16):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of loss × scale."""
-        super().backward(self.scaler.scale(loss * self.scale))
+        super().backward(self.loss_scale.scaled(loss))
 
     def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
         """Unscale, clip, update; a dynamic scale skips the update on overflow."""
-        self.scaler.unscale_(optimizer)
-        torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.scale)
+        self.loss_scale.unscale(optimizer, self.parameters)
         self._clip(clip_grad_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        self.loss_scale.step(optimizer)
         optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a dynamic loss scale."""
-        return self.scaler.state_dict()
+        return self.loss_scale.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a dynamic loss scale; a number stays, and a run that had one starts a new scale."""
-        if state:
-            self.scaler.load_state_dict(state)
+        self.loss_scale.load_state_dict(state)
 
 
 class O2(Amp):
     """Half-precision weights and activations, fp32 BatchNorm, fp32 master weights: what apex calls O2.
 
-    float16 on cards, bfloat16 on the CPU. A number as loss scale is never checked, as in the reference. A dynamic one
-    starts at 2^16, halves and skips the update on overflow, doubles after 2000 clean steps up to 2^24, and waits for
-    the device once a step to know which.
+    float16 on cards, bfloat16 on the CPU. A number as loss scale is never checked, as in the reference.
     """
 
     name = "o2"
-    GROWTH_INTERVAL = 2000
-    LARGEST = 2.0**24
 
     def __init__(self, loss_scale: LossScale) -> None:
         super().__init__()
-        self.dynamic = loss_scale == "dynamic"
-        self.scale = 2.0**16 if loss_scale == "dynamic" else float(loss_scale)
-        self.clean_steps = 0
+        self.loss_scale = Scale(loss_scale)
         self.dtype = torch.float16
         self.masters: dict[str, Tensor] = {}
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -165,6 +205,7 @@ class O2(Amp):
     def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
         """Keep fp32 masters of all parameters but BatchNorm's, which stay fp32 and are their own masters."""
         self.dtype = half_dtype(device)
+        self.loss_scale.start(device)
         full = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         self._to_half(model)
         self.masters, trained, self.pairs = {}, [], []
@@ -186,7 +227,7 @@ class O2(Amp):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of loss × scale to the half-precision weights."""
-        super().backward(loss * self.scale)
+        super().backward(self.loss_scale.scaled(loss))
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
@@ -194,12 +235,10 @@ class O2(Amp):
         for parameter, master in self.pairs:
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-        gradients = [master.grad for master in self.parameters if master.grad is not None]
-        torch._foreach_div_(gradients, self.scale)
-        if not self.dynamic or self._grow(bool(nn.utils.get_total_norm(gradients).isfinite())):
-            self._clip(clip_grad_norm)
-            optimizer.step()
-            self._copy_back()
+        self.loss_scale.unscale(optimizer, self.parameters)
+        self._clip(clip_grad_norm)
+        self.loss_scale.step(optimizer)
+        self._copy_back()
         optimizer.zero_grad()
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -219,13 +258,12 @@ class O2(Amp):
         return self._to_half(copy.deepcopy(module))
 
     def state_dict(self) -> dict[str, Any]:
-        """A dynamic loss scale and its count of clean steps."""
-        return {"scale": self.scale, "clean_steps": self.clean_steps} if self.dynamic else {}
+        """The state of a dynamic loss scale."""
+        return self.loss_scale.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a dynamic loss scale; a number stays, and a run that had one starts a new scale."""
-        if self.dynamic and state:
-            self.scale, self.clean_steps = state["scale"], state["clean_steps"]
+        """Take over the state of a dynamic loss scale; a number stays, and a run that had one starts a new scale."""
+        self.loss_scale.load_state_dict(state)
 
     def _to_half(self, model: nn.Module) -> nn.Module:
         # BatchNorm stays fp32: half-precision running variances drift.
@@ -238,15 +276,6 @@ class O2(Amp):
     def _copy_back(self) -> None:
         if self.pairs:
             torch._foreach_copy_([half for half, _ in self.pairs], [master for _, master in self.pairs])
-
-    def _grow(self, clean: bool) -> bool:
-        """Move the dynamic scale; whether the step may be taken."""
-        self.clean_steps = self.clean_steps + 1 if clean else 0
-        if not clean:
-            self.scale /= 2
-        elif self.clean_steps == self.GROWTH_INTERVAL:
-            self.scale, self.clean_steps = min(self.scale * 2, self.LARGEST), 0
-        return clean
 
 
 class Apex(Amp):

@@ -43,6 +43,9 @@ class TrainConfig:
     eval_every: PositiveInt
     save_every: PositiveInt | None
     resume: str | None
+    sync_bn: bool
+    dist_bn: Literal["reduce", "broadcast"]
+    baseline: str | None
 
 
 @dataclass
@@ -125,11 +128,12 @@ def unresolved(cfg: DictConfig) -> Config:
     return {str(key): value for key, value in container.items()}
 
 
-# What must stay the same within a run; the rest may change: epochs, learning rate, threads, where the data lie.
+# What must stay the same within a run, with the global batch; the rest may change: epochs, learning rate, threads,
+# devices, where the data lie.
 FIXED = (
     *("seed", "accumulate", "ema_decay", "amp._target_", "optim._target_", "schedule.cooldown_epochs"),
     *("model._target_", "model.width", "model.num_classes", "model.freeze"),
-    *("data.dataset._target_", "data.batch_size", "data.image_size"),
+    *("data.dataset._target_", "data.image_size", "sync_bn"),
 )
 
 
@@ -137,6 +141,9 @@ def check_same_run(saved: Config, config: Config) -> None:
     """ConfigError with the differences where a checkpoint's config is of another run than the one to go on."""
     then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
     differ = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in FIXED if then.get(key) != now.get(key)]
+    batches = [flat["data.batch_size"] * flat["device.count"] for flat in (then, now)]
+    if batches[0] != batches[1]:
+        differ.append(f"data.batch_size × device.count was {batches[0]}, is {batches[1]}")
     if differ:
         raise ConfigError(
             f"resume: the checkpoint is of another run: {'; '.join(differ)}. Repeat its settings, or start a new run "

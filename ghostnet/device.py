@@ -1,61 +1,153 @@
 """The only room that knows npu, cuda and cpu apart."""
 
+import contextlib
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from packaging.requirements import InvalidRequirement, Requirement
 from torch import Tensor
 
 from ghostnet.errors import UserError
 
 Kind = Literal["auto", "cpu", "cuda", "npu"]
+Mark = Any
+"""A moment on a device: seconds on the CPU, an event on a card."""
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+"""What carries the collectives of each kind."""
+
+ENVIRONMENT = {
+    "npu": {
+        "TASK_QUEUE_ENABLE": "2",  # launches kernels from a second thread, with the workspaces made there too
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+        "HCCL_WHITELIST_DISABLE": "1",  # no list of the hosts that may connect
+        "HCCL_CONNECT_TIMEOUT": "600",  # seconds; ranks that index a large data set first connect late
+        "HCCL_EXEC_TIMEOUT": "1800",  # seconds; must stay below HCCL_EVENT_TIMEOUT, 1868
+    }
+}
+"""Defaults of each kind's libraries; what the user's environment says goes first."""
+
+PCI = Path("/sys/bus/pci/devices")
+HUAWEI, ACCELERATOR = "0x19e5", "0x1200"
 
 
-def resolve(kind: Kind, index: int = 0) -> torch.device:
-    """The card or processor to compute on, set up and made current; UserError where there is none of that kind.
-
-    auto takes an NPU, then CUDA, then the CPU.
-    """
-    if kind == "auto":
-        kind = "npu" if _npu_available() else "cuda" if torch.cuda.is_available() else "cpu"
+def choose(kind: Kind) -> tuple[str, str]:
+    """-> (cpu, cuda or npu; why). auto takes an NPU, then CUDA, then the CPU; UserError where a named kind can't be."""
     if kind == "cpu":
-        # Denormal numbers, common in late training, take the slow path of the processor.
-        torch.set_flush_denormal(True)
-        return torch.device("cpu")
-    if kind == "npu" and not _npu_available():
-        raise UserError(f"device=npu_…: {_npu_absence()} To run without a card: device=cpu")
+        return kind, "as asked"
+    npu = npu_fault() if kind in ("npu", "auto") else None
+    if kind == "npu" and npu is not None:
+        raise UserError(f"device=npu_…: {npu} To run without a card: device=cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"device=cuda_…: torch {torch.__version__} sees no CUDA card. Check nvidia-smi and the driver, "
             "or run without a card: device=cpu"
         )
+    if kind != "auto":
+        return kind, "as asked"
+    if npu is None:
+        return "npu", "auto: an NPU is there"
+    if torch.cuda.is_available():
+        return "cuda", f"auto: {npu.rstrip('.')}; a CUDA card is there"
+    return "cpu", f"auto: {npu.rstrip('.')}; no CUDA card is visible"
+
+
+def npu_fault() -> str | None:
+    """Why no NPU can be used, with its way out; None where one can. Loads torch_npu."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed: pip install -r requirements-npu.txt."
+    if fault := torch_mismatch():
+        return fault
+    try:
+        import torch_npu  # noqa: F401 (it adds torch.npu)
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if ".so" in first or "ASCEND" in str(error):
+            return (
+                f"torch_npu can't find CANN ({first}): source /usr/local/Ascend/ascend-toolkit/set_env.sh, "
+                "or install the CANN toolkit that requirements-npu.txt names."
+            )
+        return f"torch_npu can't be loaded ({first}): reinstall it with pip install -r requirements-npu.txt."
+    if not torch.npu.is_available():  # type: ignore[attr-defined]
+        seen = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+        return (
+            "torch_npu and CANN are there, but no card is: check npu-smi info, the driver, and in a container "
+            f"--device=/dev/davinci0{f'; ASCEND_RT_VISIBLE_DEVICES is {seen!r}' if seen is not None else ''}."
+        )
+    return None
+
+
+def torch_mismatch() -> str | None:
+    """Why the installed torch_npu doesn't go with the installed torch, with the way out; None where it does."""
+    try:
+        version, wanted = importlib.metadata.version("torch_npu"), importlib.metadata.requires("torch_npu") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for line in wanted:
+        with contextlib.suppress(InvalidRequirement):
+            need = Requirement(line)
+            if need.name != "torch" or (need.marker and not need.marker.evaluate()):
+                continue
+            if not need.specifier.contains(torch.__version__, prereleases=True):
+                return (
+                    f"torch_npu {version} goes with torch {need.specifier}, but torch {torch.__version__} is "
+                    "installed: pip install -r requirements-npu.txt installs versions that match."
+                )
+    return None
+
+
+def cards(kind: str) -> int:
+    """How many cards of a kind are visible; of CPUs there is always one more."""
+    return 1 << 20 if kind == "cpu" else int(_module(kind).device_count())
+
+
+def check_cards(kind: str, count: int, ids: list[int] | None) -> None:
+    """UserError where the cards that are asked for are not all there."""
+    there = cards(kind)
+    wanted = ids or list(range(count))
+    missing = [index for index in wanted if index >= there]
+    if missing:
+        one = "card 0 is" if there == 1 else f"cards 0 to {there - 1} are"
+        what = f"device.ids={ids}" if ids else f"device.count={count}"
+        raise UserError(
+            f"{what}: {kind} card {', '.join(map(str, missing))} is not there; {one}. "
+            f"Give device.count={there}, or device.ids of those that are."
+        )
+
+
+def set_environment(kind: str) -> None:
+    """Defaults for the libraries of a kind, where the user's environment says nothing; before they are first used."""
+    for name, value in ENVIRONMENT.get(kind, {}).items():
+        os.environ.setdefault(name, value)
+
+
+def resolve(kind: str, index: int = 0) -> torch.device:
+    """The card or processor to compute on, set up and made current. kind: what choose() gave."""
+    if kind == "cpu":
+        # Denormal numbers, common in late training, take the slow path of the processor.
+        torch.set_flush_denormal(True)
+        return torch.device("cpu")
+    set_environment(kind)
     module = _module(kind)
-    if index >= module.device_count():
-        raise UserError(f"device.ids: card {index} is not there; {kind} cards 0 to {module.device_count() - 1} are.")
     module.set_device(index)
     if kind == "npu":
         # Both before any model moves: the defaults of first-generation cards compile every new shape for minutes.
-        module.set_compile_mode(jit_compile=False)
-        module.config.allow_internal_format = False
+        torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
+        torch.npu.config.allow_internal_format = False  # type: ignore[attr-defined]
     return torch.device(kind, index)
 
 
 def _module(kind: str) -> Any:  # noqa: ANN401 (a module that torch_npu adds to torch at run time)
     return torch.cuda if kind == "cuda" else torch.npu  # type: ignore[attr-defined]
-
-
-def _npu_available() -> bool:
-    return importlib.util.find_spec("torch_npu") is not None and hasattr(torch, "npu") and torch.npu.is_available()
-
-
-def _npu_absence() -> str:
-    if importlib.util.find_spec("torch_npu") is None:
-        return "torch_npu is not installed: pip install -r requirements-npu.txt."
-    return "torch_npu is installed but sees no card: source CANN's set_env.sh, and check npu-smi info."
 
 
 def describe(device: torch.device) -> str:
@@ -67,18 +159,86 @@ def describe(device: torch.device) -> str:
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def cpus() -> set[int]:
+    """The CPUs this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def cpu_count() -> int:
-    """The CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many CPUs this process may use."""
+    return len(cpus())
+
+
+def cpus_near(device: torch.device) -> set[int]:
+    """The CPUs of this process on the card's side of the machine; all where that can't be told."""
+    near: set[int] = set()
+    with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):
+        near = _cpu_list((_pci_folder(device) / "local_cpulist").read_text()) if device.type != "cpu" else set()
+    return near & cpus() or cpus()
+
+
+def _pci_folder(device: torch.device) -> Path:
+    index = device.index or 0
+    if device.type == "cuda":
+        card: Any = torch.cuda.get_device_properties(index)
+        return PCI / f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    # Ascend cards are numbered in the order of their PCI addresses.
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    number = int(visible.split(",")[index]) if visible else index
+
+    def reads(folder: Path, name: str) -> str:
+        return (folder / name).read_text().strip()
+
+    huawei = [folder for folder in sorted(PCI.iterdir()) if reads(folder, "vendor") == HUAWEI]
+    return [folder for folder in huawei if reads(folder, "class").startswith(ACCELERATOR)][number]
+
+
+def _cpu_list(text: str) -> set[int]:
+    """The kernel's list of CPUs, '0-3,8' -> {0, 1, 2, 3, 8}."""
+    spans = [part.split("-") for part in text.strip().split(",") if part]
+    return {cpu for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
+
+
+def pinned_by_user(kind: str) -> bool:
+    """Whether the environment leaves it to torch_npu to choose each rank's CPUs."""
+    return kind == "npu" and bool(os.environ.get("CPU_AFFINITY_CONF"))
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type != "cpu":
         _module(device.type).synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: the card's, or of the process's resident memory."""
+    if device.type != "cpu":
+        return int(_module(device.type).max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def mark(device: torch.device) -> Mark:
+    """This moment on the device, without waiting for it: when all that was asked of it until now is done."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = _module(device.type).Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(before: Mark, after: Mark) -> float:
+    """Seconds from one mark to another; the device must have reached both."""
+    return float(after - before if isinstance(after, float) else before.elapsed_time(after) / 1000)
+
+
+def wait_for(moment: Mark) -> None:
+    """Wait until the device has reached a mark."""
+    if not isinstance(moment, float):
+        moment.synchronize()
 
 
 def half_dtype(device: torch.device) -> torch.dtype:
@@ -90,6 +250,26 @@ def check_bf16(device: torch.device) -> None:
     """UserError on a card without bfloat16: first-generation Ascend cards would silently compute in fp32."""
     if device.type != "cpu" and not _module(device.type).is_bf16_supported():
         raise UserError(f"amp=bf16: {describe(device)} has no bfloat16. Use amp=fp16 or amp=o2.")
+
+
+def check_sync_bn(device: torch.device) -> None:
+    """UserError where torch has no SyncBatchNorm."""
+    if device.type == "cpu":
+        raise UserError("sync_bn=true: torch's SyncBatchNorm needs cards. Give sync_bn=false, or a device with cards.")
+
+
+def grad_scaler(device: torch.device) -> Any:  # noqa: ANN401 (torch's GradScaler or one of the same methods)
+    """A dynamic loss scale that starts at 2^16.
+
+    First-generation Ascend cards saturate: an overflow leaves no infinity behind, only a flag of the card, which
+    torch_npu's own GradScaler reads and agrees on over the ranks.
+    """
+    if device.type == "npu":
+        import torch_npu
+
+        if not torch_npu.npu.utils.is_support_inf_nan():
+            return torch.npu.amp.GradScaler()  # type: ignore[attr-defined]
+    return torch.amp.GradScaler(device.type)
 
 
 def apex_options(device: torch.device) -> dict[str, Any]:

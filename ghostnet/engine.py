@@ -1,11 +1,13 @@
 """The loop: train() and evaluate() over a TrainState."""
 
+import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,11 @@ from torch.optim import Optimizer
 from ghostnet.amp import Amp
 from ghostnet.data.loader import EvalLoader, TrainLoader
 from ghostnet.data.transforms import Mix, Mixed, Preprocessing
-from ghostnet.device import memory_format, synchronize
+from ghostnet.device import mark, memory_format
+from ghostnet.distributed import ALONE, STOP, Ranks, local_gradients
 from ghostnet.ema import Ema
-from ghostnet.errors import UserError
-from ghostnet.metrics import EvalResult, LossMeter, Speedometer, hits
+from ghostnet.errors import PeerFailed, SampleError, UserError
+from ghostnet.metrics import EvalResult, LossMeter, Span, Speedometer, hits
 from ghostnet.optim import Schedule, load_state
 from ghostnet.seeding import seed_step
 
@@ -32,6 +35,9 @@ class TrainState:
     amp: Amp
     ema: Ema | None
     device: torch.device
+    ranks: Ranks = ALONE
+    dist_bn: Literal["reduce", "broadcast"] = "reduce"
+    """How ranks agree on BatchNorm's statistics: their mean, or the main rank's."""
     step: int = 0
     evaluated: int = 0
     """The step of the last evaluation that finished."""
@@ -41,20 +47,61 @@ class TrainState:
     """Of the last train row."""
     last: dict[str, Any] = field(default_factory=dict)
     """The eval row of the last evaluation."""
+    parallel: nn.Module = field(init=False)
+    """The model, its gradients averaged over the ranks."""
     meter: LossMeter = field(init=False)
-    speed: Speedometer = field(default_factory=Speedometer)
+    speed: Speedometer = field(init=False)
 
     def __post_init__(self) -> None:
+        self.parallel = self.ranks.parallel(self.model, self.device)
         self.meter = LossMeter(self.device)
+        self.speed = Speedometer(self.device)
+
+    def _statistics(self) -> list[Tensor]:
+        """BatchNorm's running means and variances, of the model and of its average: all that differs between ranks."""
+        modules = [self.model, *([self.ema.module] if self.ema else [])]
+        return [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Inside, all ranks have the same BatchNorm statistics; after it each has its own again. All ranks call it."""
+        own = self._statistics()
+        if self.ranks.world_size == 1 or not own:
+            yield
+            return
+        kept = torch.cat([buffer.flatten() for buffer in own])
+        common = kept.clone()
+        if self.dist_bn == "broadcast" and not self.ranks.is_main:
+            common.zero_()
+        self.ranks.mean_(common)
+        if self.dist_bn == "broadcast":
+            common *= self.ranks.world_size
+        _write(common, own)
+        try:
+            yield
+        finally:
+            _write(kept, own)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it; no random state, since randomness is a function of seed, epoch and step."""
+        """What a checkpoint holds of it; no random state, since randomness is a function of seed, epoch and step.
+
+        All ranks call it. What each of them has of its own is in `ranks`, beside what they agree on.
+        """
+        own: dict[str, Any] = {
+            "statistics": [buffer.cpu() for buffer in self._statistics()],
+            "meter": self.meter.state_dict(),
+        }
+        by_rank = self.ranks.gather(own) if self.ranks.world_size > 1 else []
+        with self.agreed():
+            weights = {name: value.clone() for name, value in self.amp.weights(self.model).items()} if by_rank else {}
+            average = {n: v.clone() for n, v in self.ema.module.state_dict().items()} if self.ema and by_rank else {}
         return {
-            "model": self.amp.weights(self.model),
-            "ema": self.ema.module.state_dict() if self.ema else None,
+            "model": weights or self.amp.weights(self.model),
+            "ema": (average or self.ema.module.state_dict()) if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "amp": self.amp.state_dict(),
-            "meter": self.meter.state_dict(),
+            "meter": _mean_meter([rank["meter"] for rank in by_rank]) if by_rank else own["meter"],
+            "ranks": by_rank,
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
@@ -64,21 +111,39 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was taken."""
+        """Go on where a checkpoint was taken; with another number of ranks, from what they had agreed on."""
         self.amp.load_weights(self.model, state["model"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         load_state(self.optimizer, state["optimizer"])
         self.amp.load_state_dict(state["amp"])
-        self.meter.load_state_dict(state["meter"])
+        meter = state["meter"]
+        if len(state["ranks"]) == self.ranks.world_size:
+            own = state["ranks"][self.ranks.rank]
+            meter = own["meter"]
+            for buffer, value in zip(self._statistics(), own["statistics"], strict=True):
+                buffer.copy_(value)
+        self.meter.load_state_dict(meter)
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.best, self.last, self.train_loss = state["best"], state["last"], state["train_loss"]
         self.speed.load_state_dict(state["speed"])
 
     def is_finite(self) -> bool:
-        """Whether all weights and BatchNorm statistics are finite numbers; waits for the device."""
+        """Whether all weights and BatchNorm statistics of all ranks are finite numbers; waits for the device."""
         tensors = [value for value in self.amp.weights(self.model).values() if value.is_floating_point()]
-        return bool(nn.utils.get_total_norm(tensors, norm_type=float("inf")).isfinite())
+        finite = bool(nn.utils.get_total_norm(tensors, norm_type=float("inf")).isfinite())
+        return not self.ranks.largest(not finite)
+
+
+def _write(flat: Tensor, tensors: list[Tensor]) -> None:
+    start = 0
+    for tensor in tensors:
+        tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+        start += tensor.numel()
+
+
+def _mean_meter(meters: list[dict[str, float]]) -> dict[str, float]:
+    return {"total": sum(meter["total"] for meter in meters) / len(meters), "count": meters[0]["count"]}
 
 
 @dataclass(frozen=True)
@@ -93,8 +158,6 @@ class Recipe:
     clip_grad_norm: float | None
     accumulate: int
     """Forward passes that one optimizer step takes."""
-    rank: int = 0
-    world_size: int = 1
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -106,24 +169,35 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM only ask: check() then raises Interrupted. A second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM, SIGUSR1 only ask; check() then raises Interrupted on all ranks. A second Ctrl-C: at once."""
 
-    def __init__(self) -> None:
-        self.signum: int | None = None
+    ECHO = 1.0
+    """Seconds within which a second Ctrl-C is the first one again: torchrun passes on what the terminal sent to all."""
+    FAILED = 1 << 16
+    """In the place of a signal: a rank can't go on."""
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
+        self.signum, self.at = 0, 0.0
+        self.signals = [STOP] if ranks.starter == "launch" else [signal.SIGINT, signal.SIGTERM, STOP]
         self.previous: dict[int, Any] = {}
 
-    def check(self) -> None:
-        """Raise Interrupted if the run was asked to end."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+    def check(self, error: Exception | None = None) -> None:
+        """Raise Interrupted if a rank was asked to end; the error, and PeerFailed on the other ranks. All call it."""
+        code = self.ranks.largest(self.FAILED if error else self.signum)
+        if error:
+            raise error
+        if code:
+            raise PeerFailed if code == self.FAILED else Interrupted(code)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
+        if self.signum and signum == signal.SIGINT and time.monotonic() - self.at > self.ECHO:
             raise KeyboardInterrupt
-        self.signum = signum
+        if not self.signum:
+            self.signum, self.at = signum, time.monotonic()
 
     def __enter__(self) -> "StopSignal":
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in self.signals:
             self.previous[signum] = signal.signal(signum, self._ask)
         return self
 
@@ -143,25 +217,23 @@ def steps_per_epoch(loader: TrainLoader, accumulate: int) -> int:
     return steps
 
 
-def train(state: TrainState, loader: TrainLoader, recipe: Recipe) -> Iterator[int]:
+def train(state: TrainState, loader: TrainLoader, recipe: Recipe, stop: StopSignal) -> Iterator[int]:
     """Train from state.step to the end of its epoch; yields the step after each update.
 
-    The device is never waited for here, but once, when the speed measurement's warm-up ends.
+    The device is never waited for here. Where a rank is asked to stop or has no data, all end before the same step.
     """
     per_epoch = steps_per_epoch(loader, recipe.accumulate)
     epoch, start = divmod(state.step, per_epoch)
-    images_per_step = loader.batch_size * recipe.world_size * recipe.accumulate
+    images_per_step = loader.batch_size * state.ranks.world_size * recipe.accumulate
     batches = loader.batches(epoch, start * recipe.accumulate)
-    state.model.train()
+    state.parallel.train()
     state.speed.resume()
     try:
         for _ in range(start, per_epoch):
-            if state.speed.warm_now:
-                synchronize(state.device)
-                state.speed.resume()
-            waited = _update(state, batches, recipe)
+            state.speed.begin()
+            waits, reductions = _update(state, batches, recipe, stop)
             state.step += 1
-            state.speed.step(images_per_step, waited)
+            state.speed.step(images_per_step, waits, reductions)
             if state.ema:
                 state.ema.update(state.amp.weights(state.model), state.step)
             yield state.step
@@ -169,27 +241,38 @@ def train(state: TrainState, loader: TrainLoader, recipe: Recipe) -> Iterator[in
         batches.close()  # type: ignore[attr-defined]
 
 
-def _update(state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], recipe: Recipe) -> float:
-    """One optimizer step over `accumulate` batches. -> Seconds without data."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = recipe.schedule(state.step)
-    waited = 0.0
+def _update(
+    state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], recipe: Recipe, stop: StopSignal
+) -> tuple[list[Span], list[Span]]:
+    """One optimizer step over `accumulate` batches. -> Its spans without data, and of reduction."""
+    waits: list[Span] = []
+    reductions: list[Span] = []
     total = torch.zeros((), device=state.device)
     for part in range(recipe.accumulate):
-        before = time.perf_counter()
-        images, labels = next(batches)
-        waited += time.perf_counter() - before
+        before, error = mark(state.device), None
+        try:
+            images, labels = next(batches)
+        except SampleError as fault:
+            error = fault
+        stop.check(error)
+        waits.append((before, mark(state.device)))
         forward_pass = state.step * recipe.accumulate + part
-        seed_step(recipe.seed, forward_pass, recipe.rank)
+        seed_step(recipe.seed, forward_pass, state.ranks.rank)
         images = recipe.preprocessing.normalize(images).contiguous(memory_format=memory_format(state.device))
         images, mixed = recipe.mix(images, labels, recipe.seed, forward_pass)
-        loss = cross_entropy(state.amp.forward(state.model, images), labels, mixed, recipe.label_smoothing)
-        loss = loss / recipe.accumulate
-        state.amp.backward(loss)
+        is_last = part == recipe.accumulate - 1
+        with contextlib.nullcontext() if is_last else local_gradients(state.parallel):
+            loss = cross_entropy(state.amp.forward(state.parallel, images), labels, mixed, recipe.label_smoothing)
+            loss = loss / recipe.accumulate
+            state.amp.backward(loss)
+        if is_last and state.ranks.reduction:
+            reductions.append((state.ranks.reduction.ready, mark(state.device)))
         total += loss.detach()
+    for group in state.optimizer.param_groups:
+        group["lr"] = recipe.schedule(state.step)
     state.amp.step(state.optimizer, recipe.clip_grad_norm)
     state.meter.add(total, state.step + 1)
-    return waited
+    return waits, reductions
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, mixed: Mixed | None, smoothing: float) -> Tensor:
@@ -206,22 +289,37 @@ def evaluate(
     model: nn.Module,
     amp: Amp,
     loader: EvalLoader,
+    stop: StopSignal,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> EvalResult:
-    """Hits and loss over every sample once; on_batch is told how many images came, and may raise to stop."""
+    """Hits and loss over every sample once, the same for any batch size and number of ranks.
+
+    on_batch is told how many images came, on this rank.
+    """
     model.eval()
     device = next(model.parameters()).device
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     losses: list[Tensor] = []
     before = time.perf_counter()
-    for images, labels in loader.batches():
+    batches = loader.batches()
+    for _ in range(loader.batches_of_any_rank):
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except SampleError as fault:
+            error = fault
+        stop.check(error)
+        if batch is None:
+            continue  # another rank has one more
+        images, labels = batch
         images = loader.preprocessing.normalize(images).contiguous(memory_format=memory_format(device))
         logits = amp.forward(model, images)
         counts += hits(logits, labels)
-        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
         on_batch(len(labels))
-    top1, top5 = counts.tolist()
-    # Added up in double precision on the host: not every card has it.
-    loss = sum(torch.stack(losses).tolist())
+    ranked = stop.ranks.gather((counts.tolist(), torch.cat(losses).tolist() if losses else []))
+    top1, top5 = (sum(hit[k] for hit, _ in ranked) for k in range(2))
+    # fsum is exact: the order of the samples, and so the number of ranks, doesn't show.
+    loss = math.fsum(value for _, values in ranked for value in values)
     seconds, count = time.perf_counter() - before, len(loader.dataset)
     return EvalResult(top1, top5, count, loss / count, count / seconds)

@@ -13,6 +13,10 @@ class SampleError(UserError):
     """A sample of the data that can't be read, found while training goes on."""
 
 
+class PeerFailed(Exception):  # noqa: N818 (the error is another rank's)
+    """Another rank can't go on; it says why itself."""
+
+
 def explain(error: Exception) -> str | None:
     """A fault that the user can mend in one message; None for a bug of ours."""
     if isinstance(error, UserError):

@@ -4,17 +4,19 @@ import contextlib
 import itertools
 import json
 import logging
+import logging.config
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -22,8 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.config import Config, check_same_run, resolved, unresolved
-from ghostnet.errors import ConfigError, SampleError, UserError, explain
+from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError, explain
 from ghostnet.overrides import Checked, check_command
+
+if TYPE_CHECKING:
+    from ghostnet.distributed import Ranks
 
 log = logging.getLogger("ghostnet")
 
@@ -33,6 +38,9 @@ failed: list[Path] = []
 """The folders of the jobs that failed in this process."""
 made: list[Path] = []
 """The folders that this process made for its run, innermost last."""
+
+Run = Callable[[Any, "Ranks"], dict[str, Any]]
+"""What a program does with one job, on every rank; the main rank's result counts."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Job:
     """The run folder."""
     command: str
     """What the user typed."""
+    logging: dict[str, Any]
+    """Of the main rank, as logging.config.dictConfig takes it."""
 
 
 def say(text: str) -> None:
@@ -59,64 +69,157 @@ def command_line(words: list[str]) -> str:
     return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
-def enter(name: str, launch: Callable[[], Any], trains: bool) -> None:
-    """Check the whole command, settle its folder, and launch; exits with 1 where anything failed.
+def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
+    """Check the whole command, settle its folder, and run main(); exits with 1 where anything failed.
 
     name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
+    Of ranks that torchrun or srun started, the main one does so; the others take their jobs from it.
     """
+    signal.signal(signal.SIGTERM, _terminated)
+    ranks = _join()
+    if ranks is not None and not ranks.is_main:
+        sys.exit(_serve(ranks, run))
     args = get_args_parser().parse_args()
     asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
-    folder = None
-    signal.signal(signal.SIGTERM, _terminated)
+    folder, code = None, 0
     try:
         if not (args.help or args.hydra_help or args.shell_completion):
             checked = check_command(args.config_name or name, args.overrides, args.multirun)
+            _check_ranks(checked, ranks)
             if trains and not asks:
-                _refuse_many_devices(checked)
                 folder = claim_folder(args.multirun, checked)
             elif args.multirun:
                 raise ConfigError(f"-m is for train.py: {name}.py takes one command at a time.")
-        launch()
+        main()
     except ConfigError as error:
         say(f"error: {error}")
-        sys.exit(1)
+        code = 1
     except KeyboardInterrupt:
         say("stopped at once, as asked.")
         sys.exit(130)
     finally:
         if folder is not None and args.multirun:
             print_table(folder)
-    if failed:
+    if ranks is not None and not failed:
+        ranks.from_main(lambda: None)
+        ranks.leave()
+    if code or failed:
         sys.exit(1)
 
 
-def _terminated(signum: int, frame: FrameType | None) -> None:
+there: list["Ranks"] = []
+"""What torchrun or srun made of this process: one of several ranks."""
+
+
+def _join() -> "Ranks | None":
+    """Meet the other ranks, where torchrun or srun started this process as one of several."""
+    if not {"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ):
+        return None
+    from ghostnet import distributed
+
+    if not (starter := distributed.started_by()):
+        return None
+    try:
+        there.append(distributed.join(starter))
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    return there[0]
+
+
+def _serve(ranks: "Ranks", run: Run) -> int:
+    """Take part in the main rank's jobs, one after the other -> exit code."""
+    from ghostnet.distributed import LATE
+    from ghostnet.engine import Interrupted
+
+    try:
+        while (job := ranks.from_main(lambda: None)) is not None:
+            run(job, ranks)
+        ranks.leave()
+    except Interrupted as stop:
+        return 128 + stop.signum
+    except Exception as error:
+        # Where all fail alike, the main rank says so, and whoever started the ranks ends this one meanwhile.
+        time.sleep(LATE)
+        if not isinstance(error, PeerFailed):
+            say(f"error: rank {ranks.rank}: {explain(error) or f'{type(error).__name__}: {error}'}")
+        return 1
+    return 0
+
+
+def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
+    """ConfigError where the ranks that were started are not those that the command asks for."""
+    counts = {job["device"]["count"] for job in checked.jobs} - {ranks.local_size if ranks else 0}
+    if ranks is not None and counts:
+        raise ConfigError(
+            f"device.count={counts.pop()}, but {ranks.starter} started {ranks.local_size} on this machine. "
+            f"Give device.count={ranks.local_size}, or start as many as that."
+        )
+
+
+def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN401 (for run)
+    """Run a job on this process, on the ranks it is one of, or on as many as the device group wants -> its result.
+
+    UserError where the cards are not all there, before anything is started.
+    """
+    from ghostnet import distributed
+    from ghostnet.device import cards, check_cards, choose, set_environment
+    from ghostnet.engine import Interrupted
+
+    kind, _ = choose(device["kind"])
+    if not (there and there[0].starter == "srun" and cards(kind) == 1):
+        check_cards(kind, device["count"], device["ids"])
+    set_environment(kind)
+    if there:
+        return run(there[0].from_main(lambda: job), there[0])
+    if device["count"] == 1:
+        return run(job, distributed.ALONE)
+    try:
+        result = distributed.launch(_in_rank, (run, job), device["count"])
+    except distributed.RankStopped as stop:
+        if stop.signum == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        _terminated(stop.signum, None)
+    if isinstance(result, int):
+        raise Interrupted(result)
+    return result
+
+
+def _in_rank(what: tuple[Run, Any], ranks: "Ranks") -> dict[str, Any] | int:
+    """One launched rank -> the result, or the signal that ended it."""
+    from ghostnet.engine import Interrupted
+
+    run, job = what
+    if ranks.is_main and isinstance(job, Job):
+        logging.config.dictConfig(job.logging)
+    try:
+        return run(job, ranks)
+    except Interrupted as stop:
+        return stop.signum
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     """SIGTERM outside the loop, which has a way of its own to end."""
     say("SIGTERM: stopped outside of training, nothing was saved.")
     raise SystemExit(128 + signum)
 
 
-def _refuse_many_devices(checked: Checked) -> None:
-    for job in checked.jobs:
-        if job["device"]["count"] > 1:
-            raise ConfigError(
-                f"device.count={job['device']['count']}: this version trains on one. Give device.count=1."
-            )
-
-
-def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None:
+def guard(cfg: DictConfig, run: Run) -> float | None:
     """Run a job; its faults end in one message. In a sweep they are noted and the next job goes on. -> Acc@1."""
     from ghostnet.engine import Interrupted
 
     hydra = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
-    job = Job(resolved(cfg), unresolved(cfg), folder, command_line(typed))
+    logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    job = Job(resolved(cfg), unresolved(cfg), folder, command_line(typed), logs)
     if sweep:
         print(f"\njob {hydra.job.num}: {' '.join(hydra.overrides.task)} -> {folder}", flush=True)
     try:
         check_resume(folder, job.cfg)
+        if job.cfg["baseline"]:
+            baseline(job.cfg["baseline"])
         OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
-        return float(run(job)["top1"])
+        return float(on_ranks(run, job, job.cfg["device"])["top1"])
     except Interrupted as stop:
         say(f"{stop}: {folder / 'last.pt'} is saved. To go on:\n  {going_on(folder)}")
         raise SystemExit(128 + stop.signum) from None
@@ -139,6 +242,19 @@ def guard(cfg: DictConfig, run: Callable[[Job], dict[str, Any]]) -> float | None
                 for path in reversed(made[:-1]):
                     path.rmdir()
         return None
+
+
+def baseline(path: str) -> dict[str, Any]:
+    """The result.json of a finished run, or of its folder; ConfigError where there is none."""
+    file = Path(path).expanduser()
+    file = file / "result.json" if file.is_dir() else file
+    try:
+        result = json.loads(file.read_text())
+        if result["fps"] > 0 and result["world_size"] >= 1:
+            return dict(result)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"baseline={path}: {file} is no result.json of a finished run; give a run's folder.")
 
 
 def going_on(folder: Path) -> str:

@@ -102,9 +102,10 @@ class Display(Progress):
 class ConsoleLogger:
     """A live display on a terminal, plain lines elsewhere; lines of epochs and results on both, and in train.log."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.live = self.console.is_terminal
+    def __init__(self, quiet: bool = False) -> None:
+        """quiet: say nothing at all."""
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.live = self.console.is_terminal and not quiet
         self.progress = Display(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -150,6 +151,8 @@ class ConsoleLogger:
                 f"loss {row['train/loss']:.4f}  lr {row['train/lr']:.5f}  {row['train/fps']:,.0f} img/s  "
                 f"wait {100 * row['train/data_wait']:.0f} %"
             )
+            if "train/reduction" in row:
+                note += f"  reduction {100 * row['train/reduction']:.0f} %"
             if self.live:
                 self.progress.note = note
                 log.info("epoch %s step %s  %s", row["epoch"], row["step"], note)
@@ -192,14 +195,29 @@ class ConsoleLogger:
         self.say(f"Final Performance images/sec : {result['fps']:.2f}")
         self.say(f"Final Train Accuracy : {result['top1']:.3f}")
         self.say(f"E2E Training Duration sec : {result['seconds']:.0f}")
+        many = result["world_size"] > 1
+        parts = {"compute": result["compute"], "data wait": result["data_wait"]}
+        parts |= {"reduction": result["reduction"]} if many else {}
+        memory = ", ".join(f"{size / 2**30:.2f}" for size in result["memory"])
+        self.say(
+            f"Of the training time: {', '.join(f'{name} {100 * share:.1f} %' for name, share in parts.items())}; "
+            f"peak memory {memory} GiB"
+        )
+        if "baseline" in result:
+            self.say(
+                f"Scaling efficiency : {100 * result['scaling_efficiency']:.1f} % of {result['world_size']} × "
+                f"{result['baseline_fps']:.1f} images/sec ({result['baseline']})"
+            )
+            for difference in result["baseline_differs"]:
+                self.say(f"note    the baseline differs: {difference}")
 
 
 @contextlib.contextmanager
-def evaluation_bar(total: int) -> Iterator[Callable[[int], None]]:
+def evaluation_bar(total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar over the images of an evaluation, on a terminal; gives the function that moves it by so many images."""
     console = Console()
     columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("evaluation", total=total)
         yield lambda images: progress.advance(task, images)
 

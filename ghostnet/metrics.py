@@ -1,11 +1,13 @@
 """Sums that stay on the device until they are read, integer hit counts, and a clock that measures images per second."""
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ghostnet.device import Mark, mark, seconds_between, wait_for
+from ghostnet.distributed import ALONE, Ranks
 
 
 class LossMeter:
@@ -22,14 +24,15 @@ class LossMeter:
         self.count += 1
         self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step))
 
-    def bad_step(self) -> int | None:
-        """The first step with a NaN or infinite loss, None if there was none. Waits for the device."""
-        step = int(self.first_bad.item())
+    def bad_step(self, ranks: Ranks = ALONE) -> int | None:
+        """The first step with a NaN or infinite loss on any rank, None if there was none. Waits for the device."""
+        step = -ranks.largest(-int(self.first_bad.item()))
         return None if step == torch.iinfo(torch.int64).max else step
 
-    def read(self) -> float:
-        """The mean loss since the last reading; starts the next mean. Waits for the device."""
-        mean = float(self.total.item()) / max(1, self.count)
+    def read(self, ranks: Ranks = ALONE) -> float:
+        """The mean loss since the last reading over all ranks; starts the next mean. Waits for the device."""
+        totals = ranks.gather(float(self.total.item()))
+        mean = sum(totals) / len(totals) / max(1, self.count)
         self.total.zero_()
         self.count = 0
         return mean
@@ -78,72 +81,91 @@ class EvalResult:
         return 100 * self.top5_hits / self.count
 
 
-@dataclass
-class Speedometer:
-    """Training speed over whole steps: images of the global batch per second, and the share of time spent waiting.
+@dataclass(frozen=True)
+class Speed:
+    """Images of the global batch per second, and where the time went, as shares of it."""
 
-    The first steps after a start are left out, and so is all time between a reading and the next resume(). A reading
-    is honest when the device has just been waited for.
-    """
-
-    warmup: int = 5
-    """Steps after a start that don't count."""
-    steps: int = 0
-    images: int = 0
-    """Since the last reading, as are the next three."""
-    waited: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-    cold: tuple[float, float] = (0.0, 0.0)
-    """The last reading within the warm-up."""
-    total_images: int = 0
-    """Since the warm-up, as are the next two."""
-    total_seconds: float = 0.0
-    total_waited: float = 0.0
+    fps: float
+    data_wait: float
+    """Without data: the device had nothing to do, or copied them."""
+    reduction: float
+    """Between ranks, as far as the backward pass doesn't hide it."""
 
     @property
-    def warm_now(self) -> bool:
-        """Whether the last step of the warm-up has just passed: wait for the device, then resume()."""
-        return self.steps == self.warmup
+    def compute(self) -> float:
+        """The rest."""
+        return max(0.0, 1 - self.data_wait - self.reduction)
+
+
+Span = tuple[Mark, Mark]
+
+
+class Speedometer:
+    """Training speed over whole steps, by the device's own clock, which is not waited for between two readings.
+
+    The first steps after a start are left out, and so is all time between a reading and the next resume().
+    """
+
+    WARMUP = 5
+    """Steps after a start that don't count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.steps = 0
+        self.totals = [0.0, 0.0, 0.0, 0.0]
+        """Images, seconds, seconds without data, seconds of reduction, of all readings after the warm-up."""
+        self.cold = [0.0, 0.0, 0.0, 0.0]
+        """Those of the last reading within the warm-up."""
+        self.resume()
 
     def resume(self) -> None:
         """Start the clock anew; what was counted since the last reading is dropped."""
-        self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
+        self.images, self.started = 0, mark(self.device)
+        self.waits: list[Span] = []
+        self.reductions: list[Span] = []
 
-    def step(self, images: int, waited: float) -> None:
-        """Count a step of so many images (all ranks); waited: seconds without data."""
+    def begin(self) -> None:
+        """Before each step: the warm-up ends here."""
+        if self.steps == self.WARMUP:
+            self.resume()
+
+    def step(self, images: int, waits: list[Span], reductions: list[Span]) -> None:
+        """Count a step of so many images (all ranks), with its spans without data and of reduction."""
         self.steps += 1
         self.images += images
-        self.waited += waited
+        self.waits += waits
+        self.reductions += reductions
 
-    def read(self) -> tuple[float, float]:
-        """(images per second, share of time waiting for data) since the last reading; the clock starts anew."""
-        seconds = time.perf_counter() - self.started
-        reading = self.images / seconds, self.waited / seconds
-        if self.steps > self.warmup:
-            self.total_images += self.images
-            self.total_seconds += seconds
-            self.total_waited += self.waited
+    def read(self, ranks: Ranks = ALONE) -> Speed:
+        """The speed since the last reading, a mean over the ranks; the clock starts anew. Waits for the device."""
+        if not self.images:
+            return self._speed(self.cold)
+        now = mark(self.device)
+        wait_for(now)
+        own = [float(self.images), seconds_between(self.started, now)]
+        own += [sum(seconds_between(*span) for span in spans) for spans in (self.waits, self.reductions)]
+        reading = [sum(values) / ranks.world_size for values in zip(*ranks.gather(own), strict=True)]
+        if self.steps > self.WARMUP:
+            self.totals = [total + value for total, value in zip(self.totals, reading, strict=True)]
         else:
             self.cold = reading
         self.resume()
-        return reading
+        return self._speed(reading)
+
+    @property
+    def total(self) -> Speed:
+        """The speed over all readings after the warm-up; of the warm-up where nothing came after it."""
+        return self._speed(self.totals if self.totals[0] else self.cold)
+
+    @staticmethod
+    def _speed(reading: list[float]) -> Speed:
+        images, seconds, waited, reduced = reading
+        return Speed(images / seconds, waited / seconds, reduced / seconds) if seconds else Speed(0.0, 0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, for a resumed run to go on from."""
-        totals = {"images": self.total_images, "seconds": self.total_seconds, "waited": self.total_waited}
-        return totals | {"cold": list(self.cold)}
+        return {"totals": self.totals, "cold": self.cold}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what was measured before."""
-        self.total_images, self.total_seconds = state["images"], state["seconds"]
-        self.total_waited, self.cold = state["waited"], (state["cold"][0], state["cold"][1])
-
-    @property
-    def fps(self) -> float:
-        """Images per second over all readings after the warm-up; of the warm-up where nothing came after it."""
-        return self.total_images / self.total_seconds if self.total_images else self.cold[0]
-
-    @property
-    def data_wait(self) -> float:
-        """Share of time waiting for data over the same."""
-        return self.total_waited / self.total_seconds if self.total_images else self.cold[1]
+        self.totals, self.cold = list(state["totals"]), list(state["cold"])

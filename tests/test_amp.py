@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ghostnet import optim
 from ghostnet.amp import O2, Amp, Apex, Bf16, Fp16
+from ghostnet.device import grad_scaler
 from ghostnet.errors import UserError
 from ghostnet.models.ghostnet import STAGES, GhostNet, freeze_backbone
 
@@ -153,6 +154,10 @@ def o2_by_hand(steps, scale, *, clip=None, accumulate=1, frozen=False, optimizer
     return (losses, weights, optimizer.state_dict(), model.state_dict()), scale
 
 
+def scaler(**settings):
+    return torch.amp.GradScaler("cpu", **settings)
+
+
 def assert_same_bits(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -192,7 +197,7 @@ def test_o2_with_a_dynamic_scale_skips_a_step_that_overflows_and_halves_the_scal
     actual = train(amp, 5, clip=0.1, overflow={0, 3})
     expected, scale = o2_by_hand(5, "dynamic", clip=0.1, overflow={0, 3})
     assert_same_bits(actual, expected)
-    assert amp.scale == scale == 2.0**14
+    assert amp.state_dict()["scale"] == scale == 2.0**14
     # BatchNorm's running statistics are of the forward passes, so they moved; nothing that is trained did.
     skipped = train(O2("dynamic"), 1, overflow={0})
     for name, parameter in ghostnet().named_parameters():
@@ -201,22 +206,22 @@ def test_o2_with_a_dynamic_scale_skips_a_step_that_overflows_and_halves_the_scal
 
 
 def test_o2_doubles_a_dynamic_scale_after_so_many_clean_steps_in_a_row(monkeypatch):
-    assert O2.GROWTH_INTERVAL == 2000
-    monkeypatch.setattr(O2, "GROWTH_INTERVAL", 2)
+    assert grad_scaler(CPU).get_growth_interval() == 2000
+    monkeypatch.setattr("ghostnet.amp.grad_scaler", lambda device: scaler(growth_interval=2))
     amp = O2("dynamic")
     actual = train(amp, 7, overflow={1})
     expected, scale = o2_by_hand(7, "dynamic", overflow={1}, interval=2)
     assert_same_bits(actual, expected)
     # 1 clean, overflow, 2 clean, 2 clean, 1 clean
-    assert amp.scale == scale == 2.0**16 / 2 * 2 * 2
-    assert amp.clean_steps == 1
+    assert amp.state_dict()["scale"] == scale == 2.0**16 / 2 * 2 * 2
+    assert amp.state_dict()["_growth_tracker"] == 1
 
 
 def test_o2_never_takes_a_dynamic_scale_beyond_2_to_the_24(monkeypatch):
-    monkeypatch.setattr(O2, "GROWTH_INTERVAL", 1)
+    monkeypatch.setattr("ghostnet.amp.grad_scaler", lambda device: scaler(growth_interval=1))
     amp = O2("dynamic")
     train(amp, 12, frozen=True)
-    assert amp.scale == 2.0**24
+    assert amp.state_dict()["scale"] == 2.0**24
 
 
 @pytest.mark.parametrize("make", [lambda: O2(128.0), lambda: Fp16(128.0)], ids=["o2", "fp16"])
@@ -327,7 +332,7 @@ def test_a_fixed_scale_is_what_the_command_says_whatever_scale_a_checkpoint_had(
     fixed, moving, new, started = kind(64.0), kind("dynamic"), kind("dynamic"), kind("dynamic")
     train(moving, 2, overflow={0, 1})
     fixed.load_state_dict(moving.state_dict())
-    assert fixed.scale == 64.0
+    assert fixed.loss_scale.number == 64.0
     assert_same_bits(train(fixed, 2), train(kind(64.0), 2))
     started.load_state_dict(fixed.state_dict())
     assert_same_bits(train(started, 2), train(new, 2))

@@ -1,10 +1,9 @@
 """Devices: what is chosen, what is refused and why. Cards are stand-ins, so that this runs anywhere."""
 
 import os
-import subprocess
 import sys
+import time
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -57,11 +56,25 @@ def machine(monkeypatch):
     torch.set_flush_denormal(False)
 
 
-def test_auto_takes_cuda_where_it_is_and_else_the_cpu(machine):
+def test_auto_takes_cuda_where_it_is_and_else_the_cpu_and_says_why(machine):
     machine()
-    assert device.resolve("auto") == CPU
+    kind, why = device.choose("auto")
+    assert (kind, device.resolve(kind)) == ("cpu", CPU)
+    assert "torch_npu is not installed" in why
+    assert why.endswith("no CUDA card is visible")
     machine(cuda=Cards())
-    assert device.resolve("auto") == torch.device("cuda", 0)
+    kind, why = device.choose("auto")
+    assert (kind, device.resolve(kind)) == ("cuda", torch.device("cuda", 0))
+    assert why.endswith("a CUDA card is there")
+    machine(cuda=Cards(), npu=Cards())
+    assert device.choose("auto") == ("npu", "auto: an NPU is there")
+
+
+def test_a_kind_that_is_named_is_taken_as_asked(machine):
+    machine(cuda=Cards(), npu=Cards())
+    assert [device.choose(kind) for kind in ("cpu", "cuda", "npu")] == [
+        (kind, "as asked") for kind in ("cpu", "cuda", "npu")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,23 +87,37 @@ def test_auto_takes_cuda_where_it_is_and_else_the_cpu(machine):
 def test_a_kind_of_card_that_is_not_there_is_refused_with_the_way_out(machine, kind, words):
     machine()
     with pytest.raises(UserError, match=words):
-        device.resolve(kind)
+        device.choose(kind)
 
 
-def test_a_driver_without_a_card_is_told_from_a_missing_driver(machine):
+def test_a_driver_without_a_card_is_told_from_a_missing_driver(machine, monkeypatch):
     machine(npu=Cards(available=False))
-    assert device.resolve("auto") == CPU
-    with pytest.raises(UserError, match=r"torch_npu is installed but sees no card: source CANN's set_env\.sh"):
-        device.resolve("npu")
+    assert device.choose("auto")[0] == "cpu"
+    with pytest.raises(UserError, match="torch_npu and CANN are there, but no card is: check npu-smi info"):
+        device.choose("npu")
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "9")
+    with pytest.raises(UserError, match="ASCEND_RT_VISIBLE_DEVICES is '9'"):
+        device.choose("npu")
 
 
-def test_the_card_that_is_asked_for_is_made_current_and_another_is_refused(machine):
+def test_the_card_that_is_asked_for_is_made_current(machine):
     cards = Cards()
     machine(cuda=cards)
     assert device.resolve("cuda", 1) == torch.device("cuda", 1)
     assert cards.calls == [("set_device", 1)]
-    with pytest.raises(UserError, match=r"device\.ids: card 2 is not there; cuda cards 0 to 1 are\."):
-        device.resolve("cuda", 2)
+
+
+def test_cards_that_are_not_there_are_refused_by_number(machine):
+    machine(cuda=Cards())
+    device.check_cards("cuda", 2, None)
+    device.check_cards("cuda", 2, [1, 0])
+    device.check_cards("cpu", 500, None)
+    with pytest.raises(
+        UserError, match=r"device\.count=3: cuda card 2 is not there; cards 0 to 1 are\. Give device\.co"
+    ):
+        device.check_cards("cuda", 3, None)
+    with pytest.raises(UserError, match=r"device\.ids=\[0, 5\]: cuda card 5 is not there"):
+        device.check_cards("cuda", 2, [0, 5])
 
 
 def test_the_cpu_flushes_denormal_numbers_to_zero(machine):
@@ -101,44 +128,83 @@ def test_the_cpu_flushes_denormal_numbers_to_zero(machine):
     assert small * 0.5 == 0
 
 
-def test_an_npu_is_set_up_before_any_model_moves_to_it():
-    script = """
-        import sys
-        import torch
-        from tests.test_device import Cards, ModuleSpec, ModuleType
-        torch.utils.rename_privateuse1_backend("npu")  # for the whole process
-        torch.npu, sys.modules["torch_npu"] = Cards(), ModuleType("torch_npu")
-        sys.modules["torch_npu"].__spec__ = ModuleSpec("torch_npu", None)
-        from ghostnet import device
-        for kind in ("npu", "auto"):
-            print(device.resolve(kind, 1), torch.npu.calls, torch.npu.config.allow_internal_format)
-            torch.npu.calls.clear()
-        card = torch.device("npu", 1)
-        print(device.describe(card), device.half_dtype(card), device.memory_format(card), device.pinned(card))
-        device.synchronize(card)
-        print(torch.npu.calls)
-        torch.npu.bf16 = False
-        try:
-            device.check_bf16(card)
-        except device.UserError as error:
-            print(error)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(line[8:] for line in script.splitlines())],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    calls = "[('set_device', 1), ('set_compile_mode', ('jit_compile', False))]"
-    assert done.stdout.splitlines() == [
-        f"npu:1 {calls} False",
-        f"npu:1 {calls} False",
-        "Card 1 torch.float16 torch.contiguous_format True",
-        "[('synchronize', device(type='npu', index=1))]",
-        "amp=bf16: Card 1 has no bfloat16. Use amp=fp16 or amp=o2.",
-    ], done.stderr
+def test_defaults_of_the_environment_give_way_to_the_users_own(monkeypatch):
+    for name in device.ENVIRONMENT["npu"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "7")
+    device.set_environment("cpu")
+    assert "TASK_QUEUE_ENABLE" not in os.environ
+    device.set_environment("npu")
+    assert os.environ["HCCL_CONNECT_TIMEOUT"] == "7"
+    assert os.environ["TASK_QUEUE_ENABLE"] == "2"
+    assert int(os.environ["HCCL_EXEC_TIMEOUT"]) < 1868
+    for name in device.ENVIRONMENT["npu"]:
+        monkeypatch.delenv(name)
+
+
+def pci(root, cards):
+    for address, vendor, kind, cpus in cards:
+        folder = root / address
+        folder.mkdir()
+        for name, text in (("vendor", vendor), ("class", kind), ("local_cpulist", cpus)):
+            (folder / name).write_text(text + "\n")
+
+
+@pytest.fixture
+def bus(tmp_path, monkeypatch):
+    """Two Ascend cards, the second on the side of CPU 1, and a CUDA card there too."""
+    ascend = (device.HUAWEI, "0x120000")
+    pci(tmp_path, [("0000:c1:00.0", *ascend, "0"), ("0000:c2:00.0", *ascend, "1,7-9")])
+    pci(tmp_path, [("0000:01:00.0", device.HUAWEI, "0x020000", "5"), ("0000:8a:00.0", "0x10de", "0x030200", "1-3")])
+    monkeypatch.setattr(device, "PCI", tmp_path)
+    monkeypatch.setattr(device, "cpus", lambda: {0, 1, 2})
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def cpus_near(kind, index):
+    return device.cpus_near(SimpleNamespace(type=kind, index=index))
+
+
+def test_the_cpus_near_a_card_are_those_of_its_side_that_this_process_may_use(bus, machine, monkeypatch):
+    cards = Cards()
+    cards.get_device_properties = lambda index: SimpleNamespace(pci_domain_id=0, pci_bus_id=0x8A, pci_device_id=0)
+    machine(cuda=cards)
+    assert cpus_near("npu", 0) == {0}
+    assert cpus_near("npu", 1) == {1}
+    assert cpus_near("cuda", 0) == {1, 2}
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "1")
+    assert cpus_near("npu", 0) == {1}
+
+
+def test_all_cpus_are_near_where_the_side_can_not_be_told(bus, machine, monkeypatch):
+    machine(cuda=Cards())  # an older torch, whose properties don't say
+    assert cpus_near("npu", 2) == cpus_near("cuda", 0) == cpus_near("cpu", None) == {0, 1, 2}
+    monkeypatch.setattr(device, "cpus", lambda: {2})  # none of the card's own
+    assert cpus_near("npu", 0) == {2}
+    monkeypatch.setattr(device, "PCI", bus / "none")
+    assert cpus_near("npu", 0) == {2}
+
+
+def test_peak_memory_of_the_cpu_is_what_the_process_had_resident():
+    before = device.peak_memory(CPU)
+    held = torch.ones(100_000_000, dtype=torch.uint8) + 1
+    assert device.peak_memory(CPU) >= max(before, len(held))
+    assert 50_000_000 < before < 24 * 2**30
+
+
+def test_marks_of_the_cpu_are_seconds():
+    first = device.mark(CPU)
+    time.sleep(0.02)
+    second = device.mark(CPU)
+    device.wait_for(second)
+    assert 0.02 <= device.seconds_between(first, second) < 1
+
+
+def test_syncbatchnorm_is_refused_on_the_cpu():
+    with pytest.raises(UserError, match="sync_bn=true: torch's SyncBatchNorm needs cards"):
+        device.check_sync_bn(CPU)
+    device.check_sync_bn(torch.device("cuda", 0))
 
 
 def test_half_precision_is_float16_on_cards_and_bfloat16_on_the_cpu():
@@ -156,7 +222,8 @@ def test_bf16_is_refused_on_a_card_without_it_and_taken_elsewhere(machine):
 
 
 def test_the_cpu_is_described_with_its_threads_and_needs_no_pinned_memory_and_no_waiting():
-    assert device.describe(CPU).endswith(f", {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    assert device.describe(CPU).endswith(", 1 thread" if threads == 1 else f", {threads} threads")
     assert not device.describe(CPU).startswith(",")
     assert not device.pinned(CPU)
     assert device.memory_format(CPU) == device.memory_format(torch.device("cuda")) == torch.channels_last

@@ -11,8 +11,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ghostnet.data import loader as room
-from ghostnet.data.loader import AHEAD, CHUNK, EvalLoader, Feeder, Shard, TrainLoader
+from ghostnet.data.loader import AHEAD, CHUNK, EvalLoader, Feeder, TrainLoader
 from ghostnet.data.transforms import Augment, Preprocessing
+from ghostnet.distributed import Ranks
 from ghostnet.errors import UserError
 from ghostnet.seeding import sample_rng
 
@@ -134,7 +135,7 @@ def test_a_batch_is_what_a_plain_loop_makes(feeders):
 
 def test_data_that_fill_no_batch_are_refused(feeders):
     with pytest.raises(UserError, match=r"data\.batch_size=8 on 2 device\(s\) is more than the 15 training images"):
-        TrainLoader(Numbered(15), SPEC, OFF, 8, 1, feeders(), Shard(0, 2))
+        TrainLoader(Numbered(15), SPEC, OFF, 8, 1, feeders(), Ranks(0, 2))
 
 
 # Threads, ranks, resuming
@@ -160,7 +161,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(world_size, feeder
     dataset = Numbered(150, side=20)
     whole = copies(TrainLoader(dataset, SPEC, ALL, 32, 1, feeders()).batches(1))
     ranks = [
-        copies(TrainLoader(dataset, SPEC, ALL, 32 // world_size, 1, feeders(), Shard(rank, world_size)).batches(1))
+        copies(TrainLoader(dataset, SPEC, ALL, 32 // world_size, 1, feeders(), Ranks(rank, world_size)).batches(1))
         for rank in range(world_size)
     ]
     joined = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
@@ -174,7 +175,7 @@ def test_evaluation_covers_every_sample_once_for_any_ranks_and_batch_size(world_
     dataset = Numbered(count)
     seen = []
     for rank in range(world_size):
-        for images, labels in EvalLoader(dataset, SPEC, batch_size, feeders(), Shard(rank, world_size)).batches():
+        for images, labels in EvalLoader(dataset, SPEC, batch_size, feeders(), Ranks(rank, world_size)).batches():
             assert 0 < len(images) == len(labels) <= batch_size
             assert labels.tolist() == [3 * number for number in numbers(images)]
             seen += numbers(images)

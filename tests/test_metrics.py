@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ghostnet.distributed import Ranks
 from ghostnet.metrics import EvalResult, LossMeter, Speedometer, hits
 
 CPU = torch.device("cpu")
@@ -109,83 +110,110 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("ghostnet.metrics.time.perf_counter", clock)
+    monkeypatch.setattr("ghostnet.device.time.perf_counter", clock)
     return clock
 
 
-def steps(speed, clock, count, seconds, waited=0.0):
-    """As the loop does: the warm-up's end restarts the clock."""
+def steps(speed, clock, count, seconds, waited=0.0, reduced=0.0):
     for _ in range(count):
-        if speed.warm_now:
-            speed.resume()
+        speed.begin()
+        start = clock.now
         clock.now += seconds
-        speed.step(64, waited)
+        speed.step(64, [(start, start + waited)], [(start, start + reduced)])
 
 
-def test_speed_is_images_per_second_of_the_steps_since_the_last_reading(clock):
-    speed = Speedometer(warmup=0)
-    speed.resume()
-    steps(speed, clock, 4, seconds=0.5, waited=0.1)
-    assert speed.read() == pytest.approx((128.0, 0.2))
+def warm(clock):
+    """A speedometer past its warm-up."""
+    speed = Speedometer(CPU)
+    steps(speed, clock, Speedometer.WARMUP, seconds=10.0, waited=10.0, reduced=10.0)
+    return speed
+
+
+def test_speed_is_images_per_second_of_the_steps_since_the_last_reading_and_where_the_time_went(clock):
+    speed = warm(clock)
+    steps(speed, clock, 4, seconds=0.5, waited=0.1, reduced=0.05)
+    first = speed.read()
+    assert (first.fps, first.data_wait, first.reduction) == pytest.approx((128.0, 0.2, 0.1))
+    assert first.compute == pytest.approx(0.7)
     steps(speed, clock, 2, seconds=0.25)
-    assert speed.read() == pytest.approx((256.0, 0.0))
-    assert speed.fps == pytest.approx(6 * 64 / 2.5)
-    assert speed.data_wait == pytest.approx(0.4 / 2.5)
-
-
-def test_the_steps_of_the_warm_up_do_not_count(clock):
-    speed = Speedometer(warmup=5)
-    clock.now += 100
-    speed.resume()
-    steps(speed, clock, 5, seconds=10.0, waited=10.0)
-    steps(speed, clock, 3, seconds=0.5, waited=0.05)
-    assert speed.read() == pytest.approx((128.0, 0.1))
-    assert speed.fps == pytest.approx(128.0)
-    assert speed.data_wait == pytest.approx(0.1)
+    second = speed.read()
+    assert (second.fps, second.data_wait, second.reduction) == pytest.approx((256.0, 0.0, 0.0))
+    assert speed.total.fps == pytest.approx(6 * 64 / 2.5)
+    assert speed.total.data_wait == pytest.approx(0.4 / 2.5)
+    assert speed.total.reduction == pytest.approx(0.2 / 2.5)
 
 
 @pytest.mark.parametrize("log_every", [1, 2, 3, 5, 7])
 def test_readings_within_the_warm_up_change_nothing_of_the_result(clock, log_every):
-    speed = Speedometer(warmup=5)
-    speed.resume()
+    speed = Speedometer(CPU)
     for step in range(1, 22):
         steps(speed, clock, 1, seconds=10.0 if step <= 5 else 0.5)
         if step % log_every == 0:
-            speed.read()
-    assert speed.fps == pytest.approx(128.0)
+            assert speed.read().fps > 0
+    assert speed.total.fps == pytest.approx(128.0)
 
 
 def test_time_between_a_reading_and_the_next_start_is_left_out(clock):
-    speed = Speedometer(warmup=0)
+    speed = warm(clock)
     for _ in range(3):
         speed.resume()
         steps(speed, clock, 4, seconds=0.5)
-        assert speed.read()[0] == pytest.approx(128.0)
+        assert speed.read().fps == pytest.approx(128.0)
         clock.now += 1000  # an evaluation
-    assert speed.fps == pytest.approx(128.0)
+    assert speed.total.fps == pytest.approx(128.0)
 
 
 def test_a_start_without_a_reading_before_drops_steps_and_their_time_together(clock):
-    speed = Speedometer(warmup=0)
+    speed = warm(clock)
     speed.resume()
     steps(speed, clock, 3, seconds=9.0)
     clock.now += 1000  # a checkpoint
     speed.resume()
     steps(speed, clock, 2, seconds=0.5)
-    assert speed.read()[0] == pytest.approx(128.0)
-    assert speed.fps == pytest.approx(128.0)
+    assert speed.read().fps == pytest.approx(128.0)
+    assert speed.total.fps == pytest.approx(128.0)
 
 
 def test_a_run_that_ends_within_the_warm_up_gives_its_last_reading(clock):
-    speed = Speedometer(warmup=5)
-    speed.resume()
+    speed = Speedometer(CPU)
     steps(speed, clock, 2, seconds=2.0, waited=1.0)
     speed.read()
     steps(speed, clock, 2, seconds=1.0, waited=0.25)
     speed.read()
-    assert speed.fps == pytest.approx(64.0)
-    assert speed.data_wait == pytest.approx(0.25)
+    assert speed.total.fps == pytest.approx(64.0)
+    assert speed.total.data_wait == pytest.approx(0.25)
 
 
 def test_a_run_without_a_step_has_no_speed():
-    assert (Speedometer().fps, Speedometer().data_wait) == (0.0, 0.0)
+    assert Speedometer(CPU).total.fps == Speedometer(CPU).read().fps == 0.0
+
+
+def test_a_resumed_run_goes_on_from_the_speed_measured_before(clock):
+    first = warm(clock)
+    steps(first, clock, 4, seconds=0.5)
+    first.read()
+    second = Speedometer(CPU)
+    second.load_state_dict(first.state_dict())
+    steps(second, clock, Speedometer.WARMUP, seconds=10.0)
+    steps(second, clock, 4, seconds=1.0)
+    second.read()
+    assert second.total.fps == pytest.approx(8 * 64 / 6)
+
+
+class Twin(Ranks):
+    """Two ranks, of which the other has twice this one's numbers."""
+
+    def __init__(self):
+        super().__init__(world_size=2)
+
+    def gather(self, value):
+        return [value, [2 * v for v in value] if isinstance(value, list) else 2 * value]
+
+
+def test_ranks_tell_the_mean_of_their_losses_and_seconds(clock):
+    meter = LossMeter(CPU)
+    meter.add(torch.tensor(2.0), 1)
+    assert meter.read(Twin()) == 3.0
+    speed = warm(clock)
+    steps(speed, clock, 2, seconds=0.5)
+    assert speed.read(Twin()).fps == pytest.approx(128.0)  # twice the images in twice the seconds

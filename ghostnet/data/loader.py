@@ -1,8 +1,8 @@
 """Feeding the step: threads decode and augment into reused uint8 batches while the device computes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ghostnet.data.datasets import Dataset, Labels
 from ghostnet.data.transforms import Array, Augment, Preprocessing
 from ghostnet.device import copy_to, pinned
+from ghostnet.distributed import ALONE, Ranks
 from ghostnet.errors import UserError
 from ghostnet.seeding import fold_in, sample_rng
 
@@ -20,14 +21,6 @@ CHUNK = 16
 """Samples that one thread does at a time: small enough to share a batch evenly, large enough to cost no time itself."""
 AHEAD = 3
 """Batches under way before they are asked for."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which rank of how many this process is."""
-
-    rank: int = 0
-    world_size: int = 1
 
 
 class TrainLoader:
@@ -41,23 +34,23 @@ class TrainLoader:
         batch_size: int,
         seed: int,
         feeder: "Feeder",
-        shard: Shard = Shard(),
+        ranks: Ranks = ALONE,
     ) -> None:
         """batch_size: images of one forward pass on this device. UserError where the data don't fill one batch."""
         self.dataset, self.preprocessing, self.augment = dataset, preprocessing, augment
-        self.batch_size, self.seed, self.feeder, self.shard = batch_size, seed, feeder, shard
-        self.batches_per_epoch = len(dataset) // (batch_size * shard.world_size)
+        self.batch_size, self.seed, self.feeder, self.ranks = batch_size, seed, feeder, ranks
+        self.batches_per_epoch = len(dataset) // (batch_size * ranks.world_size)
         if not self.batches_per_epoch:
             raise UserError(
-                f"data.batch_size={batch_size} on {shard.world_size} device(s) is more than the {len(dataset)} "
+                f"data.batch_size={batch_size} on {ranks.world_size} device(s) is more than the {len(dataset)} "
                 "training images. Give a smaller data.batch_size."
             )
 
     def indices(self, epoch: int) -> Indices:
         """This rank's sample indices of an epoch (batches, batch_size): a slice of every global batch, rest dropped."""
         order = np.random.default_rng(fold_in(self.seed, "order", epoch)).permutation(len(self.dataset))
-        whole = order[: self.batches_per_epoch * self.shard.world_size * self.batch_size]
-        return whole.reshape(self.batches_per_epoch, self.shard.world_size, self.batch_size)[:, self.shard.rank]
+        whole = order[: self.batches_per_epoch * self.ranks.world_size * self.batch_size]
+        return whole.reshape(self.batches_per_epoch, self.ranks.world_size, self.batch_size)[:, self.ranks.rank]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8 (N, S, S, 3), labels (N,)) on the device, of one epoch from its start-th batch on."""
@@ -72,11 +65,12 @@ class EvalLoader:
     """Preprocessed evaluation batches: every sample once, on one rank, the last batch short, nothing padded."""
 
     def __init__(
-        self, dataset: Dataset, preprocessing: Preprocessing, batch_size: int, feeder: "Feeder", shard: Shard = Shard()
+        self, dataset: Dataset, preprocessing: Preprocessing, batch_size: int, feeder: "Feeder", ranks: Ranks = ALONE
     ) -> None:
         self.dataset, self.preprocessing, self.feeder = dataset, preprocessing, feeder
-        own = np.arange(shard.rank, len(dataset), shard.world_size)
+        own = np.arange(ranks.rank, len(dataset), ranks.world_size)
         self.indices = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        self.batches_of_any_rank = math.ceil(math.ceil(len(dataset) / ranks.world_size) / batch_size)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8 (N, S, S, 3), labels (N,)) on the device."""
