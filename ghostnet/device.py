@@ -248,7 +248,7 @@ def half_dtype(device: torch.device) -> torch.dtype:
 
 def check_bf16(device: torch.device) -> None:
     """UserError on a card without bfloat16: first-generation Ascend cards would silently compute in fp32."""
-    if device.type != "cpu" and not _module(device.type).is_bf16_supported():
+    if device.type != "cpu" and not has_bf16(device):
         raise UserError(f"amp=bf16: {describe(device)} has no bfloat16. Use amp=fp16 or amp=o2.")
 
 
@@ -262,14 +262,33 @@ def grad_scaler(device: torch.device) -> Any:  # noqa: ANN401 (torch's GradScale
     """A dynamic loss scale that starts at 2^16.
 
     First-generation Ascend cards saturate: an overflow leaves no infinity behind, only a flag of the card, which
-    torch_npu's own GradScaler reads and agrees on over the ranks.
+    torch_npu's own GradScaler reads (and waits for) and agrees on over the ranks.
     """
-    if device.type == "npu":
-        import torch_npu
+    if not saturates(device):
+        return torch.amp.GradScaler(device.type)
+    module = _module(device.type)
 
-        if not torch_npu.npu.utils.is_support_inf_nan():
-            return torch.npu.amp.GradScaler()  # type: ignore[attr-defined]
-    return torch.amp.GradScaler(device.type)
+    class Scaler(module.amp.GradScaler):  # type: ignore[misc, name-defined]
+        def step(self, optimizer: Any) -> Any:  # noqa: ANN401 (as torch has it)
+            # torch_npu passes itself on to a fused step, which torch's optimizers don't take.
+            optimizer._step_supports_amp_scaling = False
+            with contextlib.redirect_stdout(None):  # it prints every overflow, on every rank
+                return super().step(optimizer)
+
+        def update(self, *scale: Any) -> None:  # noqa: ANN401 (as torch has it)
+            with contextlib.redirect_stdout(None):
+                super().update(*scale)
+
+    return Scaler()
+
+
+def saturates(device: torch.device) -> bool:
+    """Whether an overflow becomes the largest number instead of infinity, as on first-generation Ascend cards."""
+    if device.type != "npu":
+        return False
+    import torch_npu
+
+    return not torch_npu.npu.utils.is_support_inf_nan()
 
 
 def apex_options(device: torch.device) -> dict[str, Any]:
@@ -298,3 +317,14 @@ def copy_to(device: torch.device, *tensors: Tensor) -> tuple[list[Tensor], Calla
     event = _module(device.type).Event()
     event.record()
     return copies, event.synchronize
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """(free, all) bytes of a card's memory, whoever uses it."""
+    free, total = _module(device.type).mem_get_info(device)
+    return int(free), int(total)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a card computes in bfloat16; first-generation Ascend cards don't."""
+    return bool(_module(device.type).is_bf16_supported())

@@ -6,10 +6,12 @@ Two roads: gradients go over the devices (hccl, nccl, gloo); words, counts and a
 import contextlib
 import ctypes
 import inspect
+import itertools
 import json
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -68,9 +70,11 @@ class Ranks:
     local_size: int = 1
     starter: str = ""
     """torchrun, srun, or launch: our own launcher."""
-    group: "dist.ProcessGroup | None" = None
-    """Over the devices."""
-    reduction: "Reduction | None" = field(default=None, compare=False)
+    store: Any = None
+    """Where the ranks met, before there are roads between them."""
+    turn: Iterator[int] = field(default_factory=itertools.count)
+    """Of what the main rank shares, and of the jobs."""
+    reduction: "Reduction | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -88,12 +92,30 @@ class Ranks:
             return 0  # srun --gpus-per-task shows each rank its own alone
         return ids[self.local_rank] if ids else self.local_rank
 
+    def share(self, job: T | None) -> T | None:
+        """What the main rank gives, on all of them, without a device."""
+        key = f"share {next(self.turn)}"
+        if self.is_main:
+            self.store.set(key, pickle.dumps(job))
+            return job
+        self.store.wait([key], TIMEOUT)
+        received: T | None = pickle.loads(self.store.get(key))
+        return received
+
     def on(self, device: torch.device) -> "Ranks":
-        """The same with a road between the devices. Every rank calls it."""
+        """The same with roads between the hosts and between the devices, for one job. Every rank calls it."""
         if self.world_size == 1:
             return self
-        group: Any = dist.new_group(backend=BACKENDS[device.type], timeout=TIMEOUT)
-        return replace(self, group=group, reduction=Reduction(device, group, self.world_size))
+        self.leave()
+        backend = BACKENDS[device.type]
+        dist.init_process_group(
+            backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}",
+            store=dist.PrefixStore(f"job {next(self.turn)}", self.store),  # type: ignore[attr-defined]
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=TIMEOUT,
+        )
+        return replace(self, reduction=Reduction(device, self.world_size))
 
     def largest(self, value: int) -> int:
         """The largest value of all ranks, by the hosts: no device is waited for."""
@@ -123,7 +145,7 @@ class Ranks:
     def mean_(self, tensor: Tensor) -> None:
         """Replace a tensor on the device by its mean over the ranks."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            dist.all_reduce(tensor)
             tensor /= self.world_size
 
     def barrier(self) -> None:
@@ -148,7 +170,6 @@ class Ranks:
         wrapped = DistributedDataParallel(
             model,
             device_ids=None if device.type == "cpu" else [device.index],
-            process_group=self.group,
             **settings,
         )
         wrapped.register_comm_hook(None, self.reduction.reduce)
@@ -156,7 +177,7 @@ class Ranks:
 
     def leave(self) -> None:
         """Take the roads down."""
-        if self.world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -167,7 +188,7 @@ def synchronized(model: nn.Module, ranks: Ranks) -> nn.Module:
     """The model with BatchNorm over the global batch; its parameters stay the same objects."""
     if ranks.world_size == 1:
         return model
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.group)  # type: ignore[no-untyped-call]
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
 
 
@@ -182,15 +203,15 @@ class Reduction:
     Remembers when the last bucket was ready: what the step waits after that is the share that backward doesn't hide.
     """
 
-    def __init__(self, device: torch.device, group: "dist.ProcessGroup", world_size: int) -> None:
-        self.device, self.group, self.world_size = device, group, world_size
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self.device, self.world_size = device, world_size
         self.ready: Mark = mark(device)
 
     def reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """DistributedDataParallel's communication hook."""
         buffer = bucket.buffer().div_(self.world_size)
         self.ready = mark(self.device)
-        work = dist.all_reduce(buffer, group=self.group, async_op=True)
+        work = dist.all_reduce(buffer, async_op=True)
         future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return future
 
@@ -212,7 +233,7 @@ def join(starter: str) -> Ranks:
         _slurm_environment()
     env = os.environ
     try:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
     except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
         raise UserError(
             f"the ranks can't meet at {env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')}: "
@@ -220,7 +241,7 @@ def join(starter: str) -> Ranks:
             "or choose another MASTER_PORT."
         ) from None
     local_rank, local_size = int(env["LOCAL_RANK"]), int(env.get("LOCAL_WORLD_SIZE", "1"))
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_size, starter)
+    return Ranks(rank, world_size, local_rank, local_size, starter, store)
 
 
 def _slurm_environment() -> None:
@@ -278,8 +299,8 @@ def pin(ranks: Ranks, device: torch.device) -> str:
 # Launching
 
 
-def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> T:  # noqa: ANN401 (for the function)
-    """Run function(argument, ranks) in `count` processes of this machine -> what it returned on rank 0.
+def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> tuple[T, int]:  # noqa: ANN401
+    """Run function(argument, ranks) in `count` processes of this machine -> (rank 0's, the signal that came or 0).
 
     All three must be picklable. SIGINT and SIGTERM are passed on as STOP, once; a second Ctrl-C kills. Where a rank
     fails all end, and its UserError or SampleError is raised here; RuntimeError with its traceback for a bug.
@@ -329,8 +350,7 @@ def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> T:
             context.close(signal.SIGKILL, timeout=5)
             raise
         if not done.is_failed():
-            result: T = done.return_values[0]
-            return result
+            return done.return_values[0], asked[0] if asked else 0
         (rank, failure), *_ = done.failures.items()
         if asked and failure.exitcode == -STOP:
             raise RankStopped(asked[0])

@@ -248,13 +248,20 @@ def _update(
     waits: list[Span] = []
     reductions: list[Span] = []
     total = torch.zeros((), device=state.device)
+    kept = [(buffer, buffer.clone()) for buffer in state.model.buffers()] if recipe.accumulate > 1 else []
     for part in range(recipe.accumulate):
         before, error = mark(state.device), None
         try:
             images, labels = next(batches)
         except SampleError as fault:
             error = fault
-        stop.check(error)
+        try:
+            stop.check(error)
+        except Exception:
+            # This step never was: BatchNorm has seen its first batches already.
+            for buffer, value in kept:
+                buffer.copy_(value)
+            raise
         waits.append((before, mark(state.device)))
         forward_pass = state.step * recipe.accumulate + part
         seed_step(recipe.seed, forward_pass, state.ranks.rank)

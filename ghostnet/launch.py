@@ -75,7 +75,11 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
     Of ranks that torchrun or srun started, the main one does so; the others take their jobs from it.
     """
-    signal.signal(signal.SIGTERM, _terminated)
+    for signum in (
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # the second is how Slurm warns of a time limit, where it is asked to
+        signal.signal(signum, _terminated)
     ranks = _join()
     if ranks is not None and not ranks.is_main:
         sys.exit(_serve(ranks, run))
@@ -101,7 +105,7 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
         if folder is not None and args.multirun:
             print_table(folder)
     if ranks is not None and not failed:
-        ranks.from_main(lambda: None)
+        ranks.share(None)
         ranks.leave()
     if code or failed:
         sys.exit(1)
@@ -133,7 +137,7 @@ def _serve(ranks: "Ranks", run: Run) -> int:
     from ghostnet.engine import Interrupted
 
     try:
-        while (job := ranks.from_main(lambda: None)) is not None:
+        while (job := ranks.share(None)) is not None:
             run(job, ranks)
         ranks.leave()
     except Interrupted as stop:
@@ -171,17 +175,17 @@ def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN
         check_cards(kind, device["count"], device["ids"])
     set_environment(kind)
     if there:
-        return run(there[0].from_main(lambda: job), there[0])
+        return run(there[0].share(job), there[0])
     if device["count"] == 1:
         return run(job, distributed.ALONE)
     try:
-        result = distributed.launch(_in_rank, (run, job), device["count"])
+        result, signum = distributed.launch(_in_rank, (run, job), device["count"])
     except distributed.RankStopped as stop:
         if stop.signum == signal.SIGINT:
             raise KeyboardInterrupt from None
         _terminated(stop.signum, None)
     if isinstance(result, int):
-        raise Interrupted(result)
+        raise Interrupted(signum or result)
     return result
 
 
@@ -199,8 +203,8 @@ def _in_rank(what: tuple[Run, Any], ranks: "Ranks") -> dict[str, Any] | int:
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM outside the loop, which has a way of its own to end."""
-    say("SIGTERM: stopped outside of training, nothing was saved.")
+    """A signal outside the loop, which has a way of its own to end."""
+    say(f"{signal.Signals(signum).name}: stopped outside of training, nothing was saved.")
     raise SystemExit(128 + signum)
 
 

@@ -28,7 +28,7 @@ HARD += ["model.dropout=0.2", "ema_decay=0.9", "accumulate=2", "data.batch_size=
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run, without what the clock decides."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    clock = {"time", "train/fps", "train/data_wait", "eval/fps"}
+    clock = {"time", "train/fps", "train/compute", "train/data_wait", "train/reduction", "eval/fps"}
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
