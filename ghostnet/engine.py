@@ -87,11 +87,10 @@ class TrainState:
 
         All ranks call it. What each of them has of its own is in `ranks`, beside what they agree on.
         """
-        own: dict[str, Any] = {
-            "statistics": [buffer.cpu() for buffer in self._statistics()],
-            "meter": self.meter.state_dict(),
-        }
-        by_rank = self.ranks.gather(own) if self.ranks.world_size > 1 else []
+        meter, by_rank = self.meter.state_dict(), list[dict[str, Any]]()
+        if self.ranks.world_size > 1:
+            statistics = torch.cat([buffer.flatten() for buffer in self._statistics()]).cpu()
+            by_rank = self.ranks.gather({"statistics": statistics, "meter": meter})
         with self.agreed():
             weights = {name: value.clone() for name, value in self.amp.weights(self.model).items()} if by_rank else {}
             average = {n: v.clone() for n, v in self.ema.module.state_dict().items()} if self.ema and by_rank else {}
@@ -100,7 +99,7 @@ class TrainState:
             "ema": (average or self.ema.module.state_dict()) if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "amp": self.amp.state_dict(),
-            "meter": _mean_meter([rank["meter"] for rank in by_rank]) if by_rank else own["meter"],
+            "meter": _mean_meter([rank["meter"] for rank in by_rank]) if by_rank else meter,
             "ranks": by_rank,
             "step": self.step,
             "evaluated": self.evaluated,
@@ -121,8 +120,7 @@ class TrainState:
         if len(state["ranks"]) == self.ranks.world_size:
             own = state["ranks"][self.ranks.rank]
             meter = own["meter"]
-            for buffer, value in zip(self._statistics(), own["statistics"], strict=True):
-                buffer.copy_(value)
+            _write(own["statistics"].to(self.device), self._statistics())
         self.meter.load_state_dict(meter)
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.best, self.last, self.train_loss = state["best"], state["last"], state["train_loss"]

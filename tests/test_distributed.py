@@ -232,11 +232,11 @@ def test_a_user_who_set_openmps_threads_keeps_them(machine, monkeypatch):
 # Whole commands
 
 
-def start(*words, cwd):
+def start(*words, cwd, **env):
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *words],
         cwd=cwd,
-        env=environment(),
+        env=environment() | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,0 +1,1 @@
+"""Programs beside training, each run as python -m ghostnet.tools.<name>."""
