@@ -189,6 +189,8 @@ def check(name: str, config: Config) -> list[str]:
     ids, count = values.get("device.ids"), values.get("device.count")
     if isinstance(ids, list) and len(ids) != count:
         found.append(f"device.ids={ids}: names {len(ids)} cards, but device.count is {count}.")
+    elif isinstance(ids, list) and len(set(ids)) < len(ids):
+        found.append(f"device.ids={ids}: names a card twice.")
     return found
 
 

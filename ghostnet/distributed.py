@@ -289,7 +289,7 @@ def pin(ranks: Ranks, device: torch.device) -> str:
     sharing = [rank for _, rank, _, near in here if near == mine]
     share, place = len(mine) // len(sharing), sharing.index(ranks.rank)
     if not share:
-        return f"{len(sharing)} ranks share {len(mine)} CPUs"
+        return f"{len(mine)} CPU{'s' if len(mine) > 1 else ''} for {len(sharing)} of them"
     os.sched_setaffinity(0, sorted(mine)[place * share : (place + 1) * share])
     if "OMP_NUM_THREADS" not in os.environ or ranks.starter == "torchrun":  # which sets it to 1
         torch.set_num_threads(share)

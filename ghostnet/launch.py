@@ -236,6 +236,8 @@ def guard(cfg: DictConfig, run: Run) -> float | None:
         if isinstance(error, SampleError) and (folder / "last.pt").exists():
             say(f"What was trained so far is saved. To go on once that is mended:\n  {going_on(folder)}")
         failed.append(folder)
+        if there:
+            raise SystemExit(1) from None  # the other ranks have ended, or wait for a step that won't come
         if sweep:
             with contextlib.suppress(UserError):
                 write_json(folder / "result.json", {"status": "failed", "error": message or repr(error)})

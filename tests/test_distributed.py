@@ -62,7 +62,7 @@ def test_ranks_are_processes_of_the_launcher(found):
 def test_ranks_have_cpus_of_their_own(found):
     (words, first), (_, second) = found["pinned"]
     if len(os.sched_getaffinity(0)) < 2:
-        assert words == "2 ranks share 1 CPUs"
+        assert words == "1 CPU for 2 of them"
     else:
         assert re.fullmatch(r"\d+ CPUs? a rank", words)
         assert not set(first) & set(second)
@@ -218,7 +218,7 @@ def test_cpus_stay_as_the_user_or_torch_npu_gave_them(machine, monkeypatch):
     own = [range(2), range(2, 4)]
     assert machine(0, own, own) == ("2 CPUs a rank, as they were given", [])
     assert machine(0, [range(3)], [range(3)]) == ("3 CPUs a rank, as they were given", [])
-    assert machine(0, [range(1)] * 2, [range(1)] * 2) == ("2 ranks share 1 CPUs", [])
+    assert machine(0, [range(1)] * 2, [range(1)] * 2) == ("1 CPU for 2 of them", [])
     monkeypatch.setenv("CPU_AFFINITY_CONF", "1")
     assert machine(0, [range(8)] * 2, [range(8)] * 2) == ("CPUs by CPU_AFFINITY_CONF", [])
     assert machine(1, [range(8)] * 2, [range(8)] * 2, "cpu") == ("4 CPUs a rank", [[4, 5, 6, 7], 4])
@@ -281,7 +281,7 @@ def test_two_ranks_leave_one_folder_one_log_and_one_result(run, tmp_path, tiny_d
     assert len(list((tmp_path / "two" / "wandb").glob("*run-*"))) == 1
     for text in (done.stdout, (tmp_path / "two" / "train.log").read_text()):
         assert text.count("device  cpu") == text.count("epoch 2/2 step 20/20") == 1
-    assert re.search(r"2 ranks, \d CPUs? a rank|2 ranks share", done.stdout)
+    assert re.search(r"2 ranks, \d CPUs? (a rank|for 2)", done.stdout)
     steps = [row["step"] for row in rows(tmp_path / "two") if "train/loss" in row]
     assert steps == list(range(2, 21, 2))
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
@@ -304,17 +304,15 @@ def test_two_ranks_leave_one_folder_one_log_and_one_result(run, tmp_path, tiny_d
     assert counts[0]["top1"] == two["top1"]
 
 
-@pytest.mark.parametrize(("amp", "signum"), [("none", signal.SIGTERM), ("o2", signal.SIGINT)])
-def test_two_ranks_stopped_in_mid_epoch_resume_bit_exactly(run, tmp_path, tiny_data, amp, signum):
-    words = [*TINY, *HARD, f"data.root={tiny_data}", f"amp={amp}", "device=cpu_2p", "data.batch_size=8"]
+def test_two_ranks_stopped_in_mid_epoch_resume_bit_exactly(run, tmp_path, tiny_data):
+    words = [*TINY, *HARD, f"data.root={tiny_data}", "device=cpu_2p", "data.batch_size=8"]
     assert run("train.py", *words, "hydra.run.dir=whole").returncode == 0
     process = start(*words, "hydra.run.dir=cut", cwd=tmp_path)
     wait_for_step(process, tmp_path / "cut", 4)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
-    assert process.returncode == 128 + signum, err
-    assert err.startswith(f"{name}: {tmp_path / 'cut' / 'last.pt'} is saved. To go on:\n  python train.py ")
+    assert process.returncode == 143, err
+    assert err.startswith(f"SIGTERM: {tmp_path / 'cut' / 'last.pt'} is saved. To go on:\n  python train.py ")
     assert left_over(process.pid) == []
     resumed = run("train.py", *words, "hydra.run.dir=cut", "resume=auto")
     assert resumed.returncode == 0, resumed.stderr

@@ -5,6 +5,7 @@ Most of it is asked of the checks in this process. What needs a fresh one, torch
 
 import ast
 import functools
+import importlib.metadata
 import os
 import re
 import shutil
@@ -95,6 +96,11 @@ def package(folder: Path, name: str, version: str, code: str = "", metadata: str
     return folder
 
 
+def quick(folder: Path) -> Path:
+    """A folder with a torchvision that loads at once, for pages on which it doesn't matter."""
+    return package(folder, "torchvision", importlib.metadata.version("torchvision"))
+
+
 # Whole commands
 
 
@@ -122,7 +128,7 @@ def test_a_truncated_jpeg_is_red_with_its_path_and_the_loader_is_not_tried(tmp_p
     root = shutil.copytree(image_folder, tmp_path / "data")
     broken = root / "train" / "class1" / "004.jpg"
     broken.write_bytes(broken.read_bytes()[:400])
-    code, text = command(f"data.root={root}", "device=cpu", "data.batch_size=16")
+    code, text = command(f"data.root={root}", "device=cpu", "data.batch_size=16", path=quick(tmp_path / "packages"))
     assert code == 1
     assert f"\nFAIL  images      88 of 88 looked at, 1 can't be read: {broken} can't be decoded: " in text
     assert "→ replace or remove them; images=all looks at every one" in text
@@ -136,8 +142,8 @@ def test_an_unknown_key_is_all_that_the_page_says():
     assert text.splitlines()[3:] == ["", "No, because of 1 FAIL."]
 
 
-def test_a_missing_data_root_and_an_npu_without_torch_npu_are_red_each_with_its_ways_out():
-    code, text = command("data.root=/nowhere", "device=npu_1p")
+def test_a_missing_data_root_and_an_npu_without_torch_npu_are_red_each_with_its_ways_out(tmp_path):
+    code, text = command("data.root=/nowhere", "device=npu_1p", path=quick(tmp_path))
     assert code == 1
     assert "\nFAIL  data        data.root=/nowhere does not exist. Looked for /nowhere/train/<class>/*" in text
     assert "images  " not in text
@@ -154,7 +160,7 @@ def mismatched(folder: Path) -> Path:
 
 
 def test_a_torch_npu_for_another_torch_is_red_where_npus_are_asked_for(tmp_path):
-    code, text = command("device=npu_1p", path=mismatched(tmp_path / "packages"))
+    code, text = command("device=npu_1p", path=mismatched(quick(tmp_path / "packages")))
     assert code == 1
     line = r"  device      torch_npu 2\.0\.0 goes with torch ==2\.0\.0, but torch \S+ is installed → pip install -r "
     assert re.search("\nFAIL" + line, text)
@@ -343,6 +349,7 @@ def test_a_cuda_build_beside_torch_npu_is_yellow(monkeypatch):
 def test_a_shell_that_loads_no_backends_with_torch_is_not_told_of_them(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(mismatched(tmp_path))
     monkeypatch.setattr(software, "fresh_python", lambda *arguments: None)
+    monkeypatch.setattr(software, "started_with", {}.get)
     (found,) = software.autoload(case())
     assert (found.status, found.what[-9:]) == (OK, "torch_npu")
     monkeypatch.setattr(software, "started_with", {"TORCH_DEVICE_BACKEND_AUTOLOAD=0": True}.get)

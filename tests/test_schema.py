@@ -211,7 +211,7 @@ RIGHT = [
     (Probability, 0), (Probability, 1), (Share, 1), (Share, 0.01), (Fraction, 0), (Fraction, 0.99),
     (str | None, None), (str | None, "x"), (PositiveInt | None, 4), (Positive | Literal["dynamic"], "dynamic"),
     (Positive | Literal["dynamic"], 128), (Literal["a", "b"], "b"), (list[float], []), (list[float], [1, 2.5]),
-    (list[int], [1]), (dict[str, Any], {"a": 1}), (Any, object()), (None, None),
+    (list[int], [1]), (dict[str, Any], {"a": 1}), (Any, ...), (None, None),
 ]  # fmt: skip
 WRONG = [
     (float, True, "a number"), (float, "1", "a number"), (float, math.inf, "a number"), (float, math.nan, "a number"),
