@@ -177,6 +177,7 @@ def work(argument, ranks: Ranks):
 
 def fail(argument, ranks: Ranks):
     """Ends rank 1 in the way that is asked for while rank 0 waits for it."""
+    ranks = ranks.on(CPU)
     if ranks.rank == 1:
         if argument == "killed":
             os.kill(os.getpid(), signal.SIGKILL)

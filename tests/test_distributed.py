@@ -385,6 +385,7 @@ def test_a_sweep_of_four_jobs_of_two_ranks_leaves_no_process_and_no_port(tmp_pat
             probe.bind(("127.0.0.1", port))
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_disturb_each_other(run, tmp_path, tiny_data):
     words = [*TINY, "epochs=1", f"data.root={tiny_data}", *TWO]
     both = [start(*words, f"hydra.run.dir={name}", cwd=tmp_path) for name in "ab"]

@@ -90,7 +90,7 @@ def test_a_card_trains_the_bits_of_the_cpu_and_the_step_never_waits(run, tmp_pat
     assert (printed["top1"], printed["world_size"]) == (result(tmp_path / "cpu")["top1"], 2)
 
 
-@pytest.mark.parametrize("loss_scale", ["128.0", "dynamic"])
+@pytest.mark.parametrize("loss_scale", [pytest.param("128.0", marks=pytest.mark.slow), "dynamic"])
 def test_two_cards_under_o2_reduce_half_gradients_by_hccl_and_resume_bit_exactly(run, tmp_path, tiny_data, loss_scale):
     words = [*SHORT, *HARD, *TWO, "data.batch_size=8", f"data.root={tiny_data}", f"amp.loss_scale={loss_scale}"]
     words += ["device.ids=[1,0]", "log_every=5"]
@@ -121,6 +121,7 @@ def test_two_cards_under_o2_reduce_half_gradients_by_hccl_and_resume_bit_exactly
     assert_same_state(tmp_path / "cut" / "last.pt", tmp_path / "whole" / "last.pt")
 
 
+@pytest.mark.slow
 def test_two_cards_train_the_bits_of_two_ranks_on_the_cpu(run, tmp_path, tiny_data):
     words = [*SHORT, f"data.root={tiny_data}", "data.batch_size=16", "amp=none"]
     assert run("train.py", *words, "device=cpu_2p", "hydra.run.dir=cpu", PYTHONPATH=CPU).returncode == 0
@@ -140,6 +141,7 @@ def test_synchronised_batchnorm_on_two_cards_is_that_of_the_whole_batch(run, tmp
     torch.testing.assert_close(ranks[0]["statistics"], ranks[1]["statistics"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_precisions_runs_on_two_cards_each(run, tmp_path, tiny_data):
     words = ["-m", *SHORT, *TWO, f"data.root={tiny_data}", "amp=o2,fp16", "hydra.sweep.dir=sweep"]
     done = run("train.py", *words, PYTHONPATH=NPU)
