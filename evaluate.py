@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet import launch
-from ghostnet.config import Config, build, check, resolved, unresolved
+from ghostnet.config import Config, build, build_model, check, resolved, unresolved
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.overrides import given_keys
 
@@ -26,10 +26,11 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     from ghostnet import checkpoint, engine
     from ghostnet.data.datasets import relabel
     from ghostnet.data.loader import EvalLoader, Feeder
-    from ghostnet.device import cards, choose, cpu_count, describe, memory_format, resolve
-    from ghostnet.distributed import pin
+    from ghostnet.device import cpu_count, memory_format
+    from ghostnet.distributed import settle
     from ghostnet.loggers import evaluation_bar
     from ghostnet.models.weights import fit, read_file, read_weights
+    from ghostnet.signals import StopSignal
 
     # Checkpoint
     cfg, overrides = OmegaConf.create(job[0]), job[1]
@@ -39,10 +40,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     config = with_saved(cfg, saved["config"], overrides) if own else resolved(cfg)
 
     # Device, data
-    kind, why = choose(config["device"]["kind"])
-    device = resolve(kind, ranks.card(config["device"]["ids"], cards(kind)))
-    ranks = ranks.on(device)
-    pinned = f"; {ranks}, {pin(ranks, device)}" if ranks.world_size > 1 else ""
+    ranks, device, words = settle(ranks, config["device"]["kind"], config["device"]["ids"])
     data = config["data"]
     with ranks.main_first():
         val_set = build(data["dataset"], "val")
@@ -55,8 +53,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
         val_set.labels = relabel(val_set.labels, val_set.classes, saved["classes"])
     elif num_classes < len(val_set.classes):
         raise UserError(f"{path} tells {num_classes} classes apart, but the data have {len(val_set.classes)}.")
-    constructor = {k: v for k, v in config["model"].items() if k not in ("num_classes", "weights", "freeze")}
-    model = build(constructor, num_classes=num_classes)
+    model = build_model(config["model"], num_classes)
     use_ema = own and saved["ema"] is not None and config["ema"] is not False
     if config["ema"] and not use_ema:
         raise ConfigError(f"ema=true, but {path} holds no moving average.")
@@ -68,12 +65,11 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     amp = build(config["amp"])
     model = amp.for_evaluation(model.to(device, memory_format=memory_format(device)), device)
     if ranks.is_main:
-        where = f"{device}: {describe(device)}{pinned}{f' ({why})' if why != 'as asked' else ''}"
-        print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {where}", flush=True)
+        print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {words}", flush=True)
 
     # Counts
     with evaluation_bar(sum(map(len, loader.indices)), quiet=not ranks.is_main) as advance:
-        result = engine.evaluate(model, amp, loader, engine.StopSignal(ranks), advance)
+        result = engine.evaluate(model, amp, loader, StopSignal(ranks), advance)
     feeder.close()
     return {
         "top1": result.top1,

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from ghostnet import launch
-from ghostnet.config import build, changes, check_same_run
+from ghostnet import folders, launch
+from ghostnet.config import build, build_model, changes, check_same_run
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
 
 if TYPE_CHECKING:
     from ghostnet.data.loader import EvalLoader
     from ghostnet.distributed import Ranks
-    from ghostnet.engine import Recipe, StopSignal, TrainState
+    from ghostnet.engine import Recipe, TrainState
     from ghostnet.loggers import ConsoleLogger, Row
+    from ghostnet.signals import StopSignal
 
 
 def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
@@ -31,24 +32,22 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet import checkpoint, engine
     from ghostnet.data.datasets import check_same_classes, check_same_data
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
-    from ghostnet.device import cards, check_sync_bn, choose, cpu_count, describe, memory_format, peak_memory, resolve
-    from ghostnet.distributed import pin, synchronized
+    from ghostnet.device import check_sync_bn, cpu_count, describe, memory_format, peak_memory
+    from ghostnet.distributed import settle, synchronized
     from ghostnet.ema import Ema
     from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo, Wandb
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
+    from ghostnet.signals import Interrupted, StopSignal
 
     cfg, folder, console = job.cfg, job.folder, ConsoleLogger(quiet=not ranks.is_main)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
 
     # Device
-    kind, why = choose(cfg["device"]["kind"])
-    device = resolve(kind, ranks.card(cfg["device"]["ids"], cards(kind)))
-    ranks = ranks.on(device)
-    pinned = f"; {ranks}, {pin(ranks, device)}" if ranks.world_size > 1 else ""
-    console.say(f"device  {device}: {describe(device)}{pinned}{f' ({why})' if why != 'as asked' else ''}")
+    ranks, device, words = settle(ranks, cfg["device"]["kind"], cfg["device"]["ids"])
+    console.say(f"device  {words}")
 
     # Data
     with ranks.main_first():
@@ -67,8 +66,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     if num_classes < len(train_set.classes):
         raise ConfigError(f"model.num_classes={num_classes}, but the data have {len(train_set.classes)} classes.")
     seed_init(seed)
-    constructor = {k: v for k, v in cfg["model"].items() if k not in ("num_classes", "weights", "freeze")}
-    model = build(constructor, num_classes=num_classes)
+    model = build_model(cfg["model"], num_classes)
     if cfg["model"]["weights"]:
         for message in load_weights(model, cfg["model"]["weights"]):
             console.say(message)
@@ -142,12 +140,12 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
             logger.log(row)
 
     def save(name: str) -> None:
-        content = state.state_dict()
         facts = {"config": job.raw, "classes": train_set.classes, "images": len(train_set), "num_classes": num_classes}
         facts["seconds"] = earlier + time.monotonic() - started
         facts["global_batch_size"] = global_batch_size
-        if ranks.is_main:
-            checkpoint.save(content | facts, folder / name)
+        with state.for_all_ranks() as content:
+            if ranks.is_main:
+                checkpoint.save(content | facts, folder / name)
         ranks.barrier()
 
     # The loop
@@ -157,7 +155,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     try:
         for logger in loggers:
             logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs))
-        with engine.StopSignal(ranks) as stop:
+        with StopSignal(ranks) as stop:
             try:
                 while True:
                     epoch, within = divmod(state.step, steps_per_epoch)
@@ -179,7 +177,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
                             _stop_if_not_finite(state, recipe, folder)
                             save(checkpoint.LAST)
                             state.speed.resume()
-            except (engine.Interrupted, SampleError, PeerFailed):
+            except (Interrupted, SampleError, PeerFailed):
                 _stop_if_not_finite(state, recipe, folder)
                 save(checkpoint.LAST)
                 raise
@@ -220,7 +218,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         if cfg["baseline"]:
             result |= _efficiency(result, cfg["baseline"])
         if ranks.is_main:
-            launch.write_json(folder / "result.json", result)
+            folders.write_json(folder / "result.json", result)
         return result
     finally:
         with contextlib.ExitStack() as stack:  # each is ended, even where another fails
@@ -243,7 +241,7 @@ def _saved(resume: str | None, folder: Path) -> tuple[Path, dict[str, Any] | Non
 
 def _efficiency(result: dict[str, Any], baseline: str) -> dict[str, Any]:
     """The speed of a device here as a share of that in another run, and what else differs between the two."""
-    other = launch.baseline(baseline)
+    other = folders.baseline(baseline)
     share = result["fps"] / result["world_size"] / (other["fps"] / other["world_size"])
     same = ("amp", "device_name", "batch_size", "image_size", "params")
     differs = [f"{key} {other.get(key)} → {result[key]}" for key in same if other.get(key) != result[key]]

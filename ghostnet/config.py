@@ -114,6 +114,12 @@ def build(node: Config, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (w
         raise ConfigError(f"{node['_target_'].rpartition('.')[2]}: {error}") from None
 
 
+def build_model(node: Config, num_classes: int) -> Any:  # noqa: ANN401 (whatever _target_ makes)
+    """The model of a model group; its keys beside the constructor's are left to the caller."""
+    extras = fields(ModelExtras)
+    return build({key: value for key, value in node.items() if key not in extras}, num_classes=num_classes)
+
+
 def resolved(cfg: DictConfig) -> Config:
     """Plain dicts and lists with every interpolation replaced by its value."""
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -141,7 +147,7 @@ def check_same_run(saved: Config, config: Config) -> None:
     """ConfigError with the differences where a checkpoint's config is of another run than the one to go on."""
     then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
     differ = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in FIXED if then.get(key) != now.get(key)]
-    batches = [flat["data.batch_size"] * flat["device.count"] for flat in (then, now)]
+    batches = [values["data.batch_size"] * values["device.count"] for values in (then, now)]
     if batches[0] != batches[1]:
         differ.append(f"data.batch_size × device.count was {batches[0]}, is {batches[1]}")
     if differ:

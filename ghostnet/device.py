@@ -56,6 +56,8 @@ def choose(kind: Kind) -> tuple[str, str]:
         return kind, "as asked"
     if npu is None:
         return "npu", "auto: an NPU is there"
+    if importlib.util.find_spec("torch_npu") is None:
+        npu = "torch_npu is not installed"
     if torch.cuda.is_available():
         return "cuda", f"auto: {npu.rstrip('.')}; a CUDA card is there"
     return "cpu", f"auto: {npu.rstrip('.')}; no CUDA card is visible"
@@ -73,7 +75,8 @@ def npu_fault() -> str | None:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         if ".so" in first or "ASCEND" in str(error):
             return (
-                f"torch_npu can't find CANN ({first}): source /usr/local/Ascend/ascend-toolkit/set_env.sh, "
+                f"torch_npu can't find CANN ({first}): source /usr/local/Ascend/cann/set_env.sh (in older "
+                "CANN ascend-toolkit/set_env.sh), "
                 "or install the CANN toolkit that requirements-npu.txt names."
             )
         return f"torch_npu can't be loaded ({first}): reinstall it with pip install -r requirements-npu.txt."

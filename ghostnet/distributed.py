@@ -1,30 +1,19 @@
-"""Ranks, the processes that train together: launch them (torch elastic), join those there are (torchrun, srun), reduce.
+"""Ranks, the processes that train together: join those there are (torchrun, srun, ours), agree, reduce.
 
 Two roads: gradients go over the devices (hccl, nccl, gloo); words, counts and agreements over the hosts (gloo).
 """
 
 import contextlib
-import ctypes
 import inspect
 import itertools
-import json
-import logging
-import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -32,8 +21,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghostnet.device import BACKENDS, Mark, cpus, cpus_near, mark, pinned_by_user
-from ghostnet.errors import SampleError, UserError, explain
+from ghostnet.device import (
+    BACKENDS,
+    Kind,
+    Mark,
+    cards,
+    choose,
+    cpus,
+    cpus_near,
+    describe,
+    mark,
+    pinned_by_user,
+    resolve,
+)
+from ghostnet.errors import UserError
 
 T = TypeVar("T")
 
@@ -41,22 +42,10 @@ STOP = signal.SIGUSR1
 """What the launcher asks its ranks to end with, as a terminal's Ctrl-C reaches them all by itself."""
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others."""
-POLL = 0.1
-"""Seconds between two looks at the ranks."""
 BUFFERS = "forward_sync_buffers"
 """DistributedDataParallel's name for whether the main rank's buffers go to all in every step."""
 if BUFFERS not in inspect.signature(DistributedDataParallel).parameters:  # torch < 2.14
     BUFFERS = "broadcast_buffers"
-LATE = 2.0
-"""Seconds for which a rank that only lost the others keeps quiet, so that the one which failed is heard first."""
-
-
-class RankStopped(Exception):  # noqa: N818 (it is no error)
-    """The launcher was asked to end, and its ranks ended before they could save."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 @dataclass(frozen=True)
@@ -148,6 +137,11 @@ class Ranks:
             dist.all_reduce(tensor)
             tensor /= self.world_size
 
+    def from_main_(self, tensor: Tensor) -> None:
+        """Replace a tensor on the device by the main rank's."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.largest(0)
@@ -220,7 +214,7 @@ class Reduction:
 
 
 def started_by() -> str:
-    """Who started this process as one of several ranks: torchrun, srun, launch; '' where nobody did."""
+    """Who started this process as one of several ranks: torchrun or srun; '' where nobody did."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
         return "torchrun"
     # Only srun sets it; a batch script that starts one process has the job's SLURM_NTASKS too.
@@ -296,108 +290,10 @@ def pin(ranks: Ranks, device: torch.device) -> str:
     return f"{share} CPU{'s' if share > 1 else ''} a rank"
 
 
-# Launching
-
-
-def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> tuple[T, int]:  # noqa: ANN401
-    """Run function(argument, ranks) in `count` processes of this machine -> (rank 0's, the signal that came or 0).
-
-    All three must be picklable. SIGINT and SIGTERM are passed on as STOP, once; a second Ctrl-C kills. Where a rank
-    fails all end, and its UserError or SampleError is raised here; RuntimeError with its traceback for a bug.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
-    for noisy in ("torch.distributed.elastic", "torch.multiprocessing", "torch.multiprocessing.spawn"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )
-    folder = Path(tempfile.mkdtemp(prefix="ghostnet_ranks_"))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    asked: list[int] = []
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the ranks inherit it: a terminal's Ctrl-C is for this process
-    try:
-        context = start_processes(
-            "ghostnet",
-            _rank,
-            dict.fromkeys(range(count), (function, argument, folder)),
-            {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
-            DefaultLogsSpecs(log_dir=str(folder)),
-            start_method="spawn",
-        )
-
-        def ask(signum: int, frame: FrameType | None) -> None:
-            if asked and signum == signal.SIGINT:
-                raise KeyboardInterrupt
-            if not asked:
-                for pid in context.pids().values():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, STOP)
-            asked.append(signum)
-
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
-        signal.signal(STOP, ask)
-        for signum in (signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(signum, handlers[signum])
-        try:
-            while (done := context.wait(0)) is None:
-                time.sleep(POLL)
-        except BaseException:
-            context.close(signal.SIGKILL, timeout=5)
-            raise
-        if not done.is_failed():
-            return done.return_values[0], asked[0] if asked else 0
-        (rank, failure), *_ = done.failures.items()
-        if asked and failure.exitcode == -STOP:
-            raise RankStopped(asked[0])
-        raise _failure(rank, failure.exitcode, folder / f"failed_{rank}.json")
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, STOP)
-"""Those that torch's launcher or this one takes over."""
-
-
-def _failure(rank: int, exitcode: int, report: Path) -> Exception:
-    """The error of a rank, in this process."""
-    who = f"rank {rank}: " if rank else ""
-    try:
-        told = json.loads(report.read_text())
-    except (OSError, ValueError):
-        how = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with exit code {exitcode}"
-        out_of_memory = " The kernel does that where memory runs out: see dmesg." if exitcode == -signal.SIGKILL else ""
-        return UserError(f"rank {rank} {how}, and all others were ended.{out_of_memory}")
-    if told["message"] is None:
-        return RuntimeError(f"rank {rank} failed:\n{told['traceback']}")
-    return (SampleError if told["sample"] else UserError)(f"{who}{told['message']}")
-
-
-def _rank(function: Callable[[Any, Ranks], T], argument: Any, folder: Path) -> T:  # noqa: ANN401 (for the function)
-    """One launched process."""
-    if sys.platform == "linux":
-        # No orphans: the kernel ends this process with the launcher, however that ended.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:
-            os._exit(1)
-    rank = int(os.environ["RANK"])
-    try:
-        ranks = join("launch")
-        result = function(argument, ranks)
-        ranks.leave()
-        return result
-    except Exception as error:
-        message = explain(error)
-        # Where all fail alike, the main rank speaks; where this one only lost a peer, the peer does.
-        time.sleep(LATE if message is None else LATE / 2 if rank else 0)
-        told = {"message": message, "sample": isinstance(error, SampleError), "traceback": traceback.format_exc()}
-        (folder / f"failed_{rank}.json").write_text(json.dumps(told))
-        # At once: a thread that waits for a peer, or a device that hangs, would keep the process from ending.
-        os._exit(1)
+def settle(ranks: Ranks, kind: Kind, ids: list[int] | None) -> tuple[Ranks, torch.device, str]:
+    """This rank's device, roads to the others', CPUs of its own -> (ranks, device, all of that in words)."""
+    chosen, why = choose(kind)
+    device = resolve(chosen, ranks.card(ids, cards(chosen)))
+    ranks = ranks.on(device)
+    many = f"; {ranks}, {pin(ranks, device)}" if ranks.world_size > 1 else ""
+    return ranks, device, f"{device}: {describe(device)}{many}{f' ({why})' if kind == 'auto' else ''}"

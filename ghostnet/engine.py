@@ -2,11 +2,9 @@
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -18,12 +16,13 @@ from ghostnet.amp import Amp
 from ghostnet.data.loader import EvalLoader, TrainLoader
 from ghostnet.data.transforms import Mix, Mixed, Preprocessing
 from ghostnet.device import mark, memory_format
-from ghostnet.distributed import ALONE, STOP, Ranks, local_gradients
+from ghostnet.distributed import ALONE, Ranks, local_gradients
 from ghostnet.ema import Ema
-from ghostnet.errors import PeerFailed, SampleError, UserError
-from ghostnet.metrics import EvalResult, LossMeter, Span, Speedometer, hits
+from ghostnet.errors import SampleError, UserError
+from ghostnet.metrics import EvalResult, LossMeter, Span, Speedometer, hits, mean_meter
 from ghostnet.optim import Schedule, load_state
 from ghostnet.seeding import seed_step
+from ghostnet.signals import StopSignal
 
 
 @dataclass
@@ -71,11 +70,10 @@ class TrainState:
             return
         kept = torch.cat([buffer.flatten() for buffer in own])
         common = kept.clone()
-        if self.dist_bn == "broadcast" and not self.ranks.is_main:
-            common.zero_()
-        self.ranks.mean_(common)
         if self.dist_bn == "broadcast":
-            common *= self.ranks.world_size
+            self.ranks.from_main_(common)
+        else:
+            self.ranks.mean_(common)
         _write(common, own)
         try:
             yield
@@ -83,24 +81,14 @@ class TrainState:
             _write(kept, own)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it; no random state, since randomness is a function of seed, epoch and step.
-
-        All ranks call it. What each of them has of its own is in `ranks`, beside what they agree on.
-        """
-        meter, by_rank = self.meter.state_dict(), list[dict[str, Any]]()
-        if self.ranks.world_size > 1:
-            statistics = torch.cat([buffer.flatten() for buffer in self._statistics()]).cpu()
-            by_rank = self.ranks.gather({"statistics": statistics, "meter": meter})
-        with self.agreed():
-            weights = {name: value.clone() for name, value in self.amp.weights(self.model).items()} if by_rank else {}
-            average = {n: v.clone() for n, v in self.ema.module.state_dict().items()} if self.ema and by_rank else {}
+        """What a checkpoint holds of it; no random state, since randomness is a function of seed, epoch and step."""
         return {
-            "model": weights or self.amp.weights(self.model),
-            "ema": (average or self.ema.module.state_dict()) if self.ema else None,
+            "model": self.amp.weights(self.model),
+            "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "amp": self.amp.state_dict(),
-            "meter": _mean_meter([rank["meter"] for rank in by_rank]) if by_rank else meter,
-            "ranks": by_rank,
+            "meter": self.meter.state_dict(),
+            "ranks": [],
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
@@ -108,6 +96,19 @@ class TrainState:
             "train_loss": self.train_loss,
             "speed": self.speed.state_dict(),
         }
+
+    @contextlib.contextmanager
+    def for_all_ranks(self) -> Iterator[dict[str, Any]]:
+        """The state_dict of what the ranks agree on, and under `ranks` what each has of its own. All ranks call it."""
+        own: dict[str, Any] = {"meter": self.meter.state_dict()}
+        if self.ranks.world_size > 1:
+            own["statistics"] = torch.cat([buffer.flatten() for buffer in self._statistics()]).cpu()
+        by_rank = self.ranks.gather(own)
+        with self.agreed():
+            state = self.state_dict()
+            if len(by_rank) > 1:
+                state |= {"ranks": by_rank, "meter": mean_meter([rank["meter"] for rank in by_rank])}
+            yield state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was taken; with another number of ranks, from what they had agreed on."""
@@ -140,10 +141,6 @@ def _write(flat: Tensor, tensors: list[Tensor]) -> None:
         start += tensor.numel()
 
 
-def _mean_meter(meters: list[dict[str, float]]) -> dict[str, float]:
-    return {"total": sum(meter["total"] for meter in meters) / len(meters), "count": meters[0]["count"]}
-
-
 @dataclass(frozen=True)
 class Recipe:
     """All of a training step that stays the same."""
@@ -156,52 +153,6 @@ class Recipe:
     clip_grad_norm: float | None
     accumulate: int
     """Forward passes that one optimizer step takes."""
-
-
-class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """The user or the system asked the run to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__("Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name)
-        self.signum = signum
-
-
-class StopSignal:
-    """Ctrl-C, SIGTERM, SIGUSR1 only ask; check() then raises Interrupted on all ranks. A second Ctrl-C: at once."""
-
-    ECHO = 1.0
-    """Seconds within which a second Ctrl-C is the first one again: torchrun passes on what the terminal sent to all."""
-    FAILED = 1 << 16
-    """In the place of a signal: a rank can't go on."""
-
-    def __init__(self, ranks: Ranks = ALONE) -> None:
-        self.ranks = ranks
-        self.signum, self.at = 0, 0.0
-        self.signals = [STOP] if ranks.starter == "launch" else [signal.SIGINT, signal.SIGTERM, STOP]
-        self.previous: dict[int, Any] = {}
-
-    def check(self, error: Exception | None = None) -> None:
-        """Raise Interrupted if a rank was asked to end; the error, and PeerFailed on the other ranks. All call it."""
-        code = self.ranks.largest(self.FAILED if error else self.signum)
-        if error:
-            raise error
-        if code:
-            raise PeerFailed if code == self.FAILED else Interrupted(code)
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum and signum == signal.SIGINT and time.monotonic() - self.at > self.ECHO:
-            raise KeyboardInterrupt
-        if not self.signum:
-            self.signum, self.at = signum, time.monotonic()
-
-    def __enter__(self) -> "StopSignal":
-        for signum in self.signals:
-            self.previous[signum] = signal.signal(signum, self._ask)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
 
 
 def steps_per_epoch(loader: TrainLoader, accumulate: int) -> int:

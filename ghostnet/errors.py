@@ -21,7 +21,9 @@ def explain(error: Exception) -> str | None:
     """A fault that the user can mend in one message; None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory")
+    ):
         return "out of memory. Give a smaller data.batch_size (accumulate=2 keeps the global batch) or eval_batch_size."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'writing'}: {error.strerror}."

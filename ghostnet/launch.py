@@ -1,14 +1,11 @@
-"""From a command line to jobs: the door, the run's folder, what becomes of a job's errors, the table of a sweep."""
+"""From a command line to jobs: the door, ranks, what becomes of a job's errors, the table of a sweep."""
 
 import contextlib
-import itertools
 import json
 import logging
 import logging.config
 import os
-import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -23,9 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.config import Config, check_same_run, resolved, unresolved
+from ghostnet.config import Config, resolved, unresolved
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError, explain
-from ghostnet.overrides import Checked, check_command
+from ghostnet.folders import check_resume, claim, leave_no_empty_run, settle, write_json
+from ghostnet.overrides import Checked, check_command, quoted
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -36,8 +34,6 @@ typed: list[str] = sys.argv[1:]
 """The command line as the user typed it."""
 failed: list[Path] = []
 """The folders of the jobs that failed in this process."""
-made: list[Path] = []
-"""The folders that this process made for its run, innermost last."""
 
 Run = Callable[[Any, "Ranks"], dict[str, Any]]
 """What a program does with one job, on every rank; the main rank's result counts."""
@@ -75,11 +71,8 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
     Of ranks that torchrun or srun started, the main one does so; the others take their jobs from it.
     """
-    for signum in (
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # the second is how Slurm warns of a time limit, where it is asked to
-        signal.signal(signum, _terminated)
+    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGUSR1, _terminated)  # how Slurm warns of a time limit, where it is asked to
     ranks = _join()
     if ranks is not None and not ranks.is_main:
         sys.exit(_serve(ranks, run))
@@ -91,7 +84,9 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
             checked = check_command(args.config_name or name, args.overrides, args.multirun)
             _check_ranks(checked, ranks)
             if trains and not asks:
-                folder = claim_folder(args.multirun, checked)
+                place = settle(checked, typed, args.multirun)
+                folder = claim(place)
+                sys.argv.append(f"{place.key}={quoted(folder)}")
             elif args.multirun:
                 raise ConfigError(f"-m is for train.py: {name}.py takes one command at a time.")
         main()
@@ -133,8 +128,8 @@ def _join() -> "Ranks | None":
 
 def _serve(ranks: "Ranks", run: Run) -> int:
     """Take part in the main rank's jobs, one after the other -> exit code."""
-    from ghostnet.distributed import LATE
-    from ghostnet.engine import Interrupted
+    from ghostnet.elastic import LATE
+    from ghostnet.signals import Interrupted
 
     try:
         while (job := ranks.share(None)) is not None:
@@ -166,9 +161,10 @@ def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN
 
     UserError where the cards are not all there, before anything is started.
     """
-    from ghostnet import distributed
+    from ghostnet import elastic
     from ghostnet.device import cards, check_cards, choose, set_environment
-    from ghostnet.engine import Interrupted
+    from ghostnet.distributed import ALONE
+    from ghostnet.signals import Interrupted
 
     kind, _ = choose(device["kind"])
     if not (there and there[0].starter == "srun" and cards(kind) == 1):
@@ -177,10 +173,10 @@ def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN
     if there:
         return run(there[0].share(job), there[0])
     if device["count"] == 1:
-        return run(job, distributed.ALONE)
+        return run(job, ALONE)
     try:
-        result, signum = distributed.launch(_in_rank, (run, job), device["count"])
-    except distributed.RankStopped as stop:
+        result, signum = elastic.launch(_in_rank, (run, job), device["count"])
+    except elastic.RankStopped as stop:
         if stop.signum == signal.SIGINT:
             raise KeyboardInterrupt from None
         _terminated(stop.signum, None)
@@ -191,7 +187,7 @@ def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN
 
 def _in_rank(what: tuple[Run, Any], ranks: "Ranks") -> dict[str, Any] | int:
     """One launched rank -> the result, or the signal that ended it."""
-    from ghostnet.engine import Interrupted
+    from ghostnet.signals import Interrupted
 
     run, job = what
     if ranks.is_main and isinstance(job, Job):
@@ -210,7 +206,7 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 def guard(cfg: DictConfig, run: Run) -> float | None:
     """Run a job; its faults end in one message. In a sweep they are noted and the next job goes on. -> Acc@1."""
-    from ghostnet.engine import Interrupted
+    from ghostnet.signals import Interrupted
 
     hydra = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
@@ -220,8 +216,6 @@ def guard(cfg: DictConfig, run: Run) -> float | None:
         print(f"\njob {hydra.job.num}: {' '.join(hydra.overrides.task)} -> {folder}", flush=True)
     try:
         check_resume(folder, job.cfg)
-        if job.cfg["baseline"]:
-            baseline(job.cfg["baseline"])
         OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
         return float(on_ranks(run, job, job.cfg["device"])["top1"])
     except Interrupted as stop:
@@ -241,26 +235,9 @@ def guard(cfg: DictConfig, run: Run) -> float | None:
         if sweep:
             with contextlib.suppress(UserError):
                 write_json(folder / "result.json", {"status": "failed", "error": message or repr(error)})
-        elif folder in made and not [*folder.glob("metrics.jsonl"), *folder.glob("*.pt")]:
-            # Nothing was begun: leave no empty run behind.
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                for path in reversed(made[:-1]):
-                    path.rmdir()
+        else:
+            leave_no_empty_run(folder)
         return None
-
-
-def baseline(path: str) -> dict[str, Any]:
-    """The result.json of a finished run, or of its folder; ConfigError where there is none."""
-    file = Path(path).expanduser()
-    file = file / "result.json" if file.is_dir() else file
-    try:
-        result = json.loads(file.read_text())
-        if result["fps"] > 0 and result["world_size"] >= 1:
-            return dict(result)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"baseline={path}: {file} is no result.json of a finished run; give a run's folder.")
 
 
 def going_on(folder: Path) -> str:
@@ -270,90 +247,6 @@ def going_on(folder: Path) -> str:
     key, place = ("hydra.sweep.dir", hydra.sweep.dir) if sweep else ("hydra.run.dir", folder)
     again = [word for word in typed if not word.startswith(("resume=", f"{key}="))]
     return command_line([*again, f"{key}={quoted(os.path.relpath(place))}", "resume=auto"])
-
-
-def quoted(text: str | Path) -> str:
-    """A text as hydra's grammar reads any text: as it is, or in quotes where it has special characters."""
-    if re.fullmatch(r"[\w./-]+", str(text), re.ASCII):
-        return str(text)
-    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def check_resume(folder: Path, cfg: Config) -> None:
-    """ConfigError where the folder's run can't go on with these settings, before a file of it is touched."""
-    if cfg["resume"] is not None and (folder / "config.yaml").exists():
-        check_same_run(unresolved(DictConfig(OmegaConf.load(folder / "config.yaml"))), cfg)
-
-
-def claim_folder(multirun: bool, checked: Checked) -> Path:
-    """Settle the folder of a run or sweep: the given one, else that of the run to go on with, else a new one.
-
-    ConfigError where a new run would overwrite another, or the run that is there can't go on with these settings.
-    """
-    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
-    folder = Path(checked.hydra.sweep.dir if multirun else checked.hydra.run.dir)
-    given = any(word.lstrip("+").startswith(f"{key}=") for word in typed)
-    resume = checked.jobs[0]["resume"]
-    if not str(checked.hydra.sweep.dir if multirun else checked.hydra.run.dir):
-        raise ConfigError(f"{key} is empty: give a folder.")
-    if multirun and any(word.startswith("hydra.run.dir=") for word in typed):
-        raise ConfigError("hydra.run.dir is the folder of a single run; that of a sweep is hydra.sweep.dir.")
-    if resume == "auto" and not given:
-        raise ConfigError(f"resume=auto goes on in a folder: give it, {key}=…")
-    if given and resume is None and any(folder.glob("*/*.pt" if multirun else "*.pt")):
-        raise ConfigError(
-            f"{folder} holds a run already. resume=auto goes on with it; for a new one give another {key}."
-        )
-    if not multirun and resume not in (None, "auto"):
-        path = Path(resume).expanduser()
-        home = path if path.is_dir() else path.parent
-        folder = folder if given else home
-        if path.is_file() and path.name != "last.pt" and folder.resolve() == home.resolve():
-            raise ConfigError(
-                f"resume={path}: going on from there would overwrite the later {home / 'last.pt'}. Resume that one, or "
-                "give the run another hydra.run.dir."
-            )
-        given = True
-    if not multirun:
-        check_resume(folder, checked.jobs[0])
-    try:
-        folder = _make(folder, its_own=not given)
-    except OSError as error:
-        raise ConfigError(f"{folder} can't be made: {error.strerror}. Choose another folder with {key}=…") from None
-    sys.argv.append(f"{key}={quoted(folder)}")
-    return folder
-
-
-def _make(folder: Path, its_own: bool) -> Path:
-    """Make a folder and its parents; its_own: one that was not there, with -2, -3 … behind its name if need be."""
-    made.extend(path for path in reversed(folder.absolute().parents) if not path.exists())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    candidates = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    for candidate in itertools.chain([folder], candidates):
-        if candidate.is_dir() and not its_own:
-            return candidate
-        try:
-            candidate.mkdir()
-        except FileExistsError:
-            if not its_own:
-                raise
-        else:
-            made.append(candidate.absolute())
-            return candidate
-    raise AssertionError
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; UserError where it can't be."""
-    from ghostnet.loggers import jsonable
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}.") from None
 
 
 def print_table(folder: Path) -> None:

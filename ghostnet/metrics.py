@@ -47,6 +47,11 @@ class LossMeter:
         self.count = int(state["count"])
 
 
+def mean_meter(states: list[dict[str, float]]) -> dict[str, float]:
+    """The state of one meter in the place of those of several ranks."""
+    return {"total": sum(state["total"] for state in states) / len(states), "count": states[0]["count"]}
+
+
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Count top-1 and top-5 hits. logits (N, C), labels (N,) -> int64 (2,) on the device. C below 5: top-5 is all.
 

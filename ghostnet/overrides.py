@@ -167,6 +167,14 @@ def _key_fault(base: DictConfig, override: Override) -> str | None:
     return f"{key or override.input_line}: no such key.{hint}"
 
 
+def quoted(text: str | Path) -> str:
+    """A text as hydra's grammar reads any text: as it is, or in quotes where it has special characters."""
+    if re.fullmatch(r"[\w./-]+", str(text), re.ASCII):
+        return str(text)
+    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def given_keys(overrides: Sequence[str]) -> list[str]:
     """The groups and keys that overrides name, in their order."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))

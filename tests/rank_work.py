@@ -9,16 +9,17 @@ from collections import Counter
 import torch
 from torch import nn
 
-from ghostnet import distributed, engine
+from ghostnet import distributed, elastic, engine
 from ghostnet.amp import O2, Amp
 from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
 from ghostnet.data.transforms import Mix
 from ghostnet.distributed import ALONE, Ranks
 from ghostnet.ema import Ema
-from ghostnet.engine import Interrupted, StopSignal, TrainState
+from ghostnet.engine import TrainState
 from ghostnet.errors import PeerFailed, SampleError
 from ghostnet.models import ghostnet as model_room
 from ghostnet.models.ghostnet import GhostNet
+from ghostnet.signals import Interrupted, StopSignal
 from tests.test_engine import AUGMENT, OPTIMIZERS, SEED, SPEC, Patterns, recipe
 
 CPU = torch.device("cpu")
@@ -111,8 +112,8 @@ def statistics(ranks):
         expected = [sum(pair) / 2 if dist_bn == "reduce" else pair[0] for pair in zip(*everyone, strict=True)]
         with state.agreed():
             inside = [state.model.bn1.running_mean.clone(), state.ema.module.bn1.running_mean.clone()]
-        content = state.state_dict()
-        saved = [content[where]["bn1.running_mean"] for where in ("model", "ema")]
+        with state.for_all_ranks() as content:
+            saved = [content[where]["bn1.running_mean"].clone() for where in ("model", "ema")]
         found[dist_bn] = {
             "differ": not torch.equal(everyone[0][0], everyone[1][0]),
             "agreed": all(torch.allclose(a, b, atol=1e-7) for a, b in zip(inside, expected, strict=True)),
@@ -193,9 +194,9 @@ def fail(argument, ranks: Ranks):
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         try:
-            distributed.launch(fail, sys.argv[1], 2)
+            elastic.launch(fail, sys.argv[1], 2)
         except Exception as error:
             print(type(error).__name__, error)
     else:
-        result, signum = distributed.launch(work, "told", 2)
+        result, signum = elastic.launch(work, "told", 2)
         print(json.dumps(result | {"signum": signum, "parent": os.getpid()}))

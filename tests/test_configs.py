@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ghostnet import config, launch, overrides
+from ghostnet import config, overrides
 from ghostnet.errors import ConfigError
 from ghostnet.models.ghostnet import GhostNet
 from ghostnet.optim import Timeline
@@ -146,7 +146,7 @@ def test_all_faults_of_a_command_come_in_one_message() -> None:
 
 @pytest.mark.parametrize("path", ["a b", "x=y", "ü", "it's (1)", "[a,b]"])
 def test_a_quoted_path_is_taken_as_it_is(path: str) -> None:
-    word = f"data.root={launch.quoted(path)}"
+    word = f"data.root={overrides.quoted(path)}"
     assert checked(word)["data"]["root"] == path
 
 

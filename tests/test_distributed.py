@@ -303,6 +303,18 @@ def test_two_ranks_leave_one_folder_one_log_and_one_result(run, tmp_path, tiny_d
     assert counts[0] == counts[1] == counts[2]
     assert counts[0]["top1"] == two["top1"]
 
+    words = [*TINY, f"data.root={tiny_data}", "ema_decay=0.9", "hydra.run.dir=two", "resume=auto", "epochs=3"]
+    refused = run("train.py", *words, "data.batch_size=16", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "data.batch_size × device.count was 32, is 16" in refused.stderr
+    longer = run("train.py", *words, cwd=tmp_path)  # the same global batch on one
+    assert longer.returncode == 0, longer.stderr
+    assert "device.count was 2, is 1" in longer.stdout
+    assert (result(tmp_path / "two")["steps"], result(tmp_path / "two")["world_size"]) == (30, 1)
+    losses = {row["step"]: row["train/loss"] for row in rows(tmp_path / "two") if "train/loss" in row}
+    assert list(losses) == list(range(2, 31, 2))
+    assert losses[22] < losses[2] - 0.05
+
 
 def test_two_ranks_stopped_in_mid_epoch_resume_bit_exactly(run, tmp_path, tiny_data):
     words = [*TINY, *HARD, f"data.root={tiny_data}", "device=cpu_2p", "data.batch_size=8"]

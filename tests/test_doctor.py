@@ -19,10 +19,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
-from ghostnet import launch
 from ghostnet.config import TrainConfig, resolved
-from ghostnet.errors import ConfigError
-from ghostnet.overrides import CONF, Checked, check_command
+from ghostnet.folders import Place
+from ghostnet.overrides import CONF, Checked
 from ghostnet.tools.doctor import __main__ as doctor
 from ghostnet.tools.doctor import data, machine, run, software
 from ghostnet.tools.doctor.finding import FAIL, OK, WARN, Case, Finding, fresh_python
@@ -83,7 +82,7 @@ def unwrapped(text: str) -> str:
 
 
 def case(*words: str) -> Case:
-    return Case(config(words), Path("outputs/x"), False, 200)
+    return Case(config(words), lambda: Place("hydra.run.dir", Path("outputs/x"), given=False), 200)
 
 
 @functools.cache
@@ -647,13 +646,18 @@ def test_a_run_folder_that_can_not_be_used_is_red(tmp_path, page):
         assert line in text
 
 
-def test_to_go_on_without_a_folder_is_red_in_the_words_of_train_py(tmp_path, page, monkeypatch):
-    monkeypatch.setattr(launch, "typed", ["resume=auto"])
-    with pytest.raises(ConfigError) as refused:
-        launch.claim_folder(False, check_command("train", ["resume=auto"], multirun=False))
-    code, text = page("resume=auto", "device=cpu", checks=(run.run_folder,))
-    assert code == 1
-    assert f"\nFAIL  run folder  {refused.value}\n" in text
+def test_to_go_on_without_a_folder_is_red_in_the_words_of_train_py(tmp_path, page):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pt").touch()
+    for word, told in (
+        ("resume=auto", "resume=auto goes on in a folder: give it, hydra.run.dir=…"),
+        (f"resume={tmp_path}/run/best.pt", "going on from there would overwrite the later"),
+        ("hydra.run.dir=", "hydra.run.dir is empty: give a folder."),
+    ):
+        code, text = page(word, "device=cpu", checks=(run.run_folder,))
+        assert code == 1
+        assert "\nFAIL  run folder  " in text
+        assert told in " ".join(text.split())
     for given in ("hydra.run.dir=", "++hydra.run.dir="):
         code, text = page("resume=auto", f"{given}{tmp_path}/new", "device=cpu", checks=(run.run_folder,))
         assert (code, "\nOK    run folder  " in text) == (0, True), given

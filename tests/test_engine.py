@@ -20,10 +20,11 @@ from ghostnet.amp import O2, Amp, Bf16, Fp16
 from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
 from ghostnet.data.transforms import Augment, Mix, Mixed, Preprocessing
 from ghostnet.ema import Ema
-from ghostnet.engine import Interrupted, Recipe, StopSignal, TrainState
+from ghostnet.engine import Recipe, TrainState
 from ghostnet.errors import UserError
 from ghostnet.models.ghostnet import STAGES, GhostNet, freeze_backbone
 from ghostnet.seeding import fold_in, sample_rng
+from ghostnet.signals import Interrupted, StopSignal
 
 CPU = torch.device("cpu")
 NEVER = StopSignal()

@@ -12,10 +12,11 @@ FLOORS = [
     {"schema"},
     {"device", "seeding"},
     {"distributed", "models", "optim", "ema"},
-    {"data", "amp", "metrics", "checkpoint", "loggers"},
+    {"data", "amp", "metrics", "checkpoint", "loggers", "signals", "elastic"},
     {"engine"},
     {"config"},
     {"overrides"},
+    {"folders"},
     {"launch"},
     {"train", "evaluate", "tools"},
 ]

@@ -77,7 +77,7 @@ def copies(batches):
     return [(images.clone(), labels.clone()) for images, labels in batches]
 
 
-def same(ours, theirs):
+def assert_same(ours, theirs):
     assert len(ours) == len(theirs)
     for (images, labels), (other_images, other_labels) in zip(ours, theirs, strict=True):
         assert torch.equal(images, other_images)
@@ -146,14 +146,14 @@ def test_the_number_of_threads_changes_no_bit(feeders):
     one, two, five = (
         copies(TrainLoader(dataset, SPEC, ALL, 37, 1, feeders(threads)).batches(1)) for threads in (1, 2, 5)
     )
-    same(one, two)
-    same(one, five)
+    assert_same(one, two)
+    assert_same(one, five)
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4])
 def test_starting_in_the_middle_of_an_epoch_goes_on_with_the_same_batches(start, feeders):
     loader = TrainLoader(Numbered(80, side=20), SPEC, ALL, 20, 1, feeders())
-    same(copies(loader.batches(1, start)), copies(loader.batches(1))[start:])
+    assert_same(copies(loader.batches(1, start)), copies(loader.batches(1))[start:])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -165,7 +165,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(world_size, feeder
         for rank in range(world_size)
     ]
     joined = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
-    same(whole, joined)
+    assert_same(whole, joined)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -246,7 +246,7 @@ def test_buffers_are_not_refilled_before_their_copies_to_the_device_are_done(mon
     for copy in pending:
         copy.wait()
     for epoch in (0, 1):
-        same(ours[epoch], expected[epoch])
+        assert_same(ours[epoch], expected[epoch])
 
 
 def test_two_iterators_over_one_feeder_do_not_disturb_each_other(feeders):
@@ -257,8 +257,8 @@ def test_two_iterators_over_one_feeder_do_not_disturb_each_other(feeders):
         (images.clone(), labels.clone(), other.clone(), other_labels.clone())
         for (images, labels), (other, other_labels) in zip(loader.batches(0), loader.batches(1), strict=True)
     ]
-    same([pair[:2] for pair in pairs], expected[0])
-    same([pair[2:] for pair in pairs], expected[1])
+    assert_same([pair[:2] for pair in pairs], expected[0])
+    assert_same([pair[2:] for pair in pairs], expected[1])
 
 
 def test_a_feeder_serves_batches_of_different_sizes(feeders):
@@ -324,14 +324,14 @@ def test_closing_in_the_middle_leaves_no_thread_at_work_and_the_feeder_usable(fe
     expected = copies(TrainLoader(Numbered(100 * CHUNK), SPEC, OFF, 4 * CHUNK, 1, feeders()).batches(0))
     for _ in range(3):
         batches = loader.batches(0)
-        same([next(batches), next(batches)][1:], expected[1:2])
+        assert_same([next(batches), next(batches)][1:], expected[1:2])
         batches.close()
         calls = dataset.calls
         assert dataset.active == 0
         # The pool has nothing left: what it is given now, it does at once.
         feeder.pool.submit(int).result()
         assert dataset.calls == calls
-    same(copies(loader.batches(0, 20)), expected[20:])
+    assert_same(copies(loader.batches(0, 20)), expected[20:])
 
 
 def test_closing_drops_the_work_that_no_thread_has_begun(feeders, monkeypatch):

@@ -180,7 +180,7 @@ def test_four_ways_of_having_no_npu_are_told_apart_each_with_its_way_out(run, tm
     cases = {
         "torch_npu is not installed: pip install -r requirements-npu.txt.": {},
         "torch_npu can't find CANN (libhccl.so: cannot open shared object file: No such file or directory): source "
-        "/usr/local/Ascend/ascend-toolkit/set_env.sh": {"PYTHONPATH": NPU, "EMULATED_NPU_CANN": "0"},
+        "/usr/local/Ascend/cann/set_env.sh": {"PYTHONPATH": NPU, "EMULATED_NPU_CANN": "0"},
         "torch_npu and CANN are there, but no card is: check npu-smi info": {
             "PYTHONPATH": NPU,
             "EMULATED_NPU_COUNT": "0",

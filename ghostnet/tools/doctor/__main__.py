@@ -15,7 +15,6 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from ghostnet.tools.doctor import data, machine, run, software
 from ghostnet.tools.doctor.finding import FAIL, OK, WARN, Case, Finding, Findings, first_line
@@ -39,6 +38,7 @@ def examine(words: list[str]) -> Findings:
         yield from base
         return
     from ghostnet.errors import ConfigError
+    from ghostnet.folders import settle
     from ghostnet.overrides import check_command
 
     own = [word for word in words if word.startswith("images=")]
@@ -53,8 +53,7 @@ def examine(words: list[str]) -> Findings:
     chosen = ((group, checked.hydra.runtime.choices.get(group)) for group in GROUPS)
     yield Finding(OK, ", ".join(f"{group} {option}" for group, option in chosen if option), "", "config")
     yield from base
-    given = any(word.lstrip("+").startswith("hydra.run.dir=") for word in words)
-    case = Case(checked.jobs[0], Path(checked.hydra.run.dir), given, count)
+    case = Case(checked.jobs[0], lambda: settle(checked, words, multirun=False), count)
     try:
         importlib.import_module("torch")
     except Exception as error:

@@ -6,9 +6,8 @@ import contextlib
 import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
@@ -30,10 +29,8 @@ class Case:
     """What is examined, and what the checks so far found out about it."""
 
     cfg: dict[str, Any]
-    folder: Path
-    """The run folder that training would make."""
-    folder_given: bool
-    """Whether the command names it."""
+    place: Callable[[], Any]
+    """Settles the run folder that training would make; ConfigError where it would refuse to."""
     images: int | None
     """How many to decode; None: all."""
     kind: str = ""

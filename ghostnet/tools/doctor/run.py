@@ -10,14 +10,13 @@ from ghostnet.tools.doctor.finding import FAIL, GIB, OK, WARN, Case, Finding, Fi
 
 def recipe(case: Case) -> Findings:
     """Whether model, weights, optimizer and schedule can be made of this config."""
-    from ghostnet.config import build
+    from ghostnet.config import build, build_model
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
 
     cfg = case.cfg
-    constructor = {k: v for k, v in cfg["model"].items() if k not in ("num_classes", "weights", "freeze")}
     classes = cfg["model"]["num_classes"] or (len(case.train.classes) if case.train else 1000)
-    model = build(constructor, num_classes=classes)
+    model = build_model(cfg["model"], classes)
     peak = scaled_lr(cfg["optim"]["lr"], cfg["data"]["batch_size"] * case.ranks * cfg["accumulate"])
     build(cfg["optim"] | {"lr": peak}, list(model.named_parameters()))
     build(cfg["schedule"], Timeline(peak, cfg["epochs"], 100))
@@ -30,23 +29,15 @@ def recipe(case: Case) -> Findings:
 
 def run_folder(case: Case) -> Findings:
     """Whether the run folder can be written and holds two checkpoints, and what the run would go on from."""
-    from ghostnet import checkpoint, launch
-    from ghostnet.errors import ConfigError
+    from ghostnet import checkpoint
 
-    folder, resume = case.folder.absolute(), case.cfg["resume"]
-    if resume == "auto" and not case.folder_given:
-        raise ConfigError("resume=auto goes on in a folder: give it, hydra.run.dir=…")
+    folder, resume = case.place().folder.absolute(), case.cfg["resume"]
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         yield Finding(FAIL, f"{place} can't be written", "another folder with hydra.run.dir=…")
         return
-    if resume is None and any(folder.glob("*.pt")):
-        yield Finding(FAIL, f"{folder} holds a run already", "resume=auto, or another folder with hydra.run.dir=…")
     if resume not in (None, "auto"):
         checkpoint.find(resume, checkpoint.LAST)
-    launch.check_resume(case.folder, case.cfg)
-    if case.cfg["baseline"]:
-        launch.baseline(case.cfg["baseline"])
     # fp32 weights, their average, one moment (SGD) or two.
     copies = 1 + (case.cfg["ema_decay"] > 0) + (1 if "sgd" in case.cfg["optim"]["_target_"] else 2)
     need, free = 2 * 4 * copies * case.parameters, shutil.disk_usage(place).free
