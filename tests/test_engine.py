@@ -457,6 +457,25 @@ def test_a_signal_lets_the_step_finish_and_then_ends_the_run(feeder, signum, nam
     assert_same_bits(state.state_dict(), undisturbed.state_dict())
 
 
+def test_a_stop_in_the_middle_of_an_accumulated_step_leaves_no_trace_of_it(feeder):
+    train_loader, _ = loaders(feeder, batch_size=4)
+    halves = recipe(accumulate=2)
+    state, undisturbed = begin(ghostnet()), begin(ghostnet())
+    for step in engine.train(undisturbed, train_loader, halves, NEVER):
+        if step == 2:
+            break
+
+    def raise_in_the_fifth_forward(module, inputs):
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    state.model.register_forward_pre_hook(raise_in_the_fifth_forward)
+    with StopSignal() as stop, pytest.raises(Interrupted):
+        list(engine.train(state, train_loader, halves, stop))
+    assert state.step == 2
+    assert_same_bits(state.state_dict(), undisturbed.state_dict())
+
+
 def test_a_second_ctrl_c_stops_at_once_unless_it_is_the_first_ones_echo(monkeypatch):
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)

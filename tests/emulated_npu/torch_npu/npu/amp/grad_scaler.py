@@ -6,7 +6,7 @@ The real one's own on a card that saturates: it asks the card's overflow flag, a
 - each dtype of gradients costs an `item` in `unscale_`, and `update` one more;
 - an optimizer that scales by itself (torch's with fused=True) is called as `step(grad_scaler=self)`, which torch's
   refuse with a TypeError;
-- `update` prints when the scale changes;
+- `step` prints when it skips, `update` when the scale changes;
 - a scale that is not dynamic never checks and never skips.
 """
 
@@ -99,6 +99,8 @@ class GradScaler(torch.amp.GradScaler):
             self.unscale_(optimizer)
         if self._dynamic:
             result = self._maybe_opt_step(optimizer, state, *args, **kwargs)
+            if sum(found.item() for found in state["found_inf_per_device"].values()):
+                print("Gradient overflow. Skipping step")
         else:
             result = optimizer.step(*args, **kwargs)
         state["stage"] = OptState.STEPPED
