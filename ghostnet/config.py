@@ -197,6 +197,8 @@ def check(name: str, config: Config) -> list[str]:
         found.append(f"device.ids={ids}: names {len(ids)} cards, but device.count is {count}.")
     elif isinstance(ids, list) and len(set(ids)) < len(ids):
         found.append(f"device.ids={ids}: names a card twice.")
+    if values.get("sync_bn") is True and values.get("device.kind") == "cpu":
+        found.append("sync_bn=true: torch's SyncBatchNorm needs cards. Give sync_bn=false, or a device with cards.")
     return found
 
 

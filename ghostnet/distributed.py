@@ -229,9 +229,10 @@ def join(starter: str) -> Ranks:
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
     except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
+        reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"the ranks can't meet at {env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')}: "
-            f"{str(error).splitlines()[0]} Check that the host and the port can be reached from all machines, "
+            f"the ranks can't meet at {env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')}: {reason}. "
+            "Check that the host and the port can be reached from all machines, "
             "or choose another MASTER_PORT."
         ) from None
     local_rank, local_size = int(env["LOCAL_RANK"]), int(env.get("LOCAL_WORLD_SIZE", "1"))
