@@ -70,6 +70,20 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir(parents=True)
             for number, index in enumerate(np.flatnonzero(samples.labels == label)[:count]):
                 suffix = ("jpg", "JPEG", "png", "webp")[number % 4]
-                image = samples.image(int(index)).resize((48, 40), Image.Resampling.BICUBIC)
+                image = Image.fromarray(samples.pictures[index]).resize((48, 40), Image.Resampling.BICUBIC)
                 (image.convert("RGB") if number % 3 else image).save(folder / f"{number:03}.{suffix}")
     return root
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Image.Image]:
+    """Real photographs, 512×512, 451×300 and 600×400."""
+    from skimage import data
+
+    return [Image.fromarray(picture()) for picture in (data.astronaut, data.chelsea, data.coffee)]
+
+
+@pytest.fixture(scope="session")
+def photo(photos: list[Image.Image]) -> Image.Image:
+    """One of them, 451×300."""
+    return photos[1]

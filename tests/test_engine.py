@@ -10,13 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghostnet import checkpoint, engine, optim
 from ghostnet.amp import O2, Amp, Bf16, Fp16
+from ghostnet.data.decode import Pixels
 from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
 from ghostnet.data.transforms import Augment, Mix, Mixed, Preprocessing
 from ghostnet.ema import Ema
@@ -58,7 +58,7 @@ class Patterns:
         self.pictures = (patterns[self.labels] + random.integers(0, 128, (count, 32, 32, 3))).astype(np.uint8)
 
     def image(self, index):
-        return Image.fromarray(self.pictures[index])
+        return Pixels(self.pictures[index])
 
     def __len__(self):
         return len(self.labels)

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from ghostnet.data import loader as room
+from ghostnet.data.decode import Pixels
 from ghostnet.data.loader import AHEAD, CHUNK, EvalLoader, Feeder, TrainLoader
 from ghostnet.data.transforms import Augment, Preprocessing
 from ghostnet.distributed import Ranks
@@ -45,10 +45,10 @@ class Numbered:
             if index in self.broken:
                 raise UserError(f"picture {index} is broken")
             if self.mode == "L":
-                return Image.new("L", (self.side, self.side), index)
+                return Pixels(np.full((self.side, self.side), index, np.uint8))
             pixels = np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), np.uint8)
             pixels[:, :, :2] = index % 256, index // 256
-            return Image.fromarray(pixels)
+            return Pixels(pixels)
         finally:
             with self.lock:
                 self.active -= 1

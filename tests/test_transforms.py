@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import (
-    CenterCrop,
     ColorJitter,
     InterpolationMode,
     Normalize,
@@ -22,9 +21,21 @@ from torchvision.transforms import (
 )
 from torchvision.transforms import functional as TF
 from torchvision.transforms.autoaugment import _apply_op
+from torchvision.transforms.v2 import functional as F2
 
 from ghostnet.data import transforms
-from ghostnet.data.transforms import RANDAUGMENT, Augment, Mix, Preprocessing, apply, erase, jitter, rand_augment
+from ghostnet.data.decode import Pixels
+from ghostnet.data.transforms import (
+    RANDAUGMENT,
+    Augment,
+    Mix,
+    Preprocessing,
+    apply,
+    erase,
+    jitter,
+    rand_augment,
+    resample,
+)
 from ghostnet.engine import cross_entropy
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -41,6 +52,20 @@ def picture(width, height, seed=0, mode="RGB"):
     return Image.fromarray(noise if mode == "RGB" else noise[:, :, 0])
 
 
+def pixels(image):
+    return Pixels(np.array(image))
+
+
+def resized(image, height, width, interpolation):
+    """What torchvision's second version makes of the picture as a tensor, where bytes stay bytes."""
+    kind = InterpolationMode["NEAREST_EXACT" if interpolation == "nearest" else interpolation.upper()]
+    return F2.resize(
+        torch.from_numpy(np.array(image)[None] if image.mode == "L" else np.array(image).transpose(2, 0, 1)),
+        [height, width],
+        kind,
+    )
+
+
 def preprocessing(image_size=32, crop=1.0, interpolation="bilinear", mean=MEAN, std=STD):
     return Preprocessing(image_size, crop, mean, std, interpolation)
 
@@ -52,21 +77,35 @@ def preprocessing(image_size=32, crop=1.0, interpolation="bilinear", mean=MEAN, 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize(("image_size", "crop"), [(32, 1.0), (28, 0.875), (33, 0.95), (24, 0.7), (31, 0.5)])
 def test_preprocessing_gives_the_pixels_of_torchvisions_resize_and_center_crop(image_size, crop, interpolation, mode):
-    resize = Resize(math.floor(image_size / crop), InterpolationMode[interpolation.upper()])
+    shorter = math.floor(image_size / crop)
     for width, height in SIZES:
         image = picture(width, height, mode=mode)
-        ours = preprocessing(image_size, crop, interpolation)(image)
-        np.testing.assert_array_equal(ours, np.asarray(CenterCrop(image_size)(resize(image))), f"{width}×{height}")
+        ours = preprocessing(image_size, crop, interpolation)(pixels(image))
+        # Its own rounding of the longer side.
+        size = Resize(shorter, InterpolationMode.NEAREST)(image).size
+        expected = F2.center_crop(resized(image, size[1], size[0], interpolation), [image_size, image_size])
+        np.testing.assert_array_equal(ours, expected.permute(1, 2, 0).squeeze(2).numpy(), f"{width}×{height}")
+
+
+@pytest.mark.parametrize(("interpolation", "off"), [("bilinear", 1), ("bicubic", 2)])
+def test_a_photo_is_resampled_as_pillow_does_but_for_the_rounding_of_few_values(interpolation, off, photo):
+    for width, height in ((341, 256), (224, 224), (97, 301), (800, 700), (33, 20)):
+        ours = resample(np.array(photo), (width, height), interpolation)
+        theirs = photo.resize((width, height), Image.Resampling[interpolation.upper()])
+        difference = np.abs(ours.astype(int) - np.asarray(theirs))
+        assert difference.max() <= off
+        assert (difference > 0).mean() < 0.05
 
 
 def test_preprocessing_rounds_the_longer_side_as_torchvision_does_for_every_shape():
     # Only the centre's place depends on the rounding: pictures of one channel and nearest neighbours are enough.
-    resize, cut = Resize(29, InterpolationMode.NEAREST), CenterCrop(25)
     ours = preprocessing(25, 0.84, "nearest")
     rng = random.Random(0)
     for _ in range(1500):
         image = picture(rng.randint(1, 120), rng.randint(1, 120), mode="L")
-        np.testing.assert_array_equal(ours(image), np.asarray(cut(resize(image))), str(image.size))
+        size = Resize(29, InterpolationMode.NEAREST)(image).size
+        expected = F2.center_crop(resized(image, size[1], size[0], "nearest"), [25, 25])[0]
+        np.testing.assert_array_equal(ours(pixels(image)), expected.numpy(), str(image.size))
 
 
 def test_normalize_equals_torchvisions_to_tensor_and_normalize():
@@ -186,16 +225,25 @@ def test_a_crop_of_the_inputs_size_is_a_slice_of_the_picture():
     image = picture(64, 64)
     for seed in range(20):
         left, top, right, bottom = augment.crop_box(image.size, random.Random(seed))
-        ours = augment(image, random.Random(seed), preprocessing())
+        ours = augment(pixels(image), random.Random(seed), preprocessing())
         np.testing.assert_array_equal(ours, np.asarray(image)[top:bottom, left:right])
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 def test_a_whole_picture_is_resized_as_torchvision_does(interpolation):
     image = picture(71, 71)
-    ours = Augment(**OFF | {"interpolation": interpolation})(image, random.Random(0), preprocessing())
-    expected = Resize((32, 32), InterpolationMode[interpolation.upper()])(image)
-    np.testing.assert_array_equal(ours, np.asarray(expected))
+    ours = Augment(**OFF | {"interpolation": interpolation})(pixels(image), random.Random(0), preprocessing())
+    np.testing.assert_array_equal(ours, resized(image, 32, 32, interpolation).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_a_crop_is_resized_as_torchvision_does_by_itself(interpolation):
+    augment = Augment(**OFF | {"scale": [0.1, 0.8], "ratio": [0.5, 2.0], "interpolation": interpolation})
+    image = picture(90, 70)
+    for seed in range(20):
+        part = image.crop(augment.crop_box(image.size, random.Random(seed)))
+        ours = augment(pixels(image), random.Random(seed), preprocessing())
+        np.testing.assert_array_equal(ours, resized(part, 32, 32, interpolation).permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -206,7 +254,7 @@ def test_flips_mirror_the_picture_as_often_as_they_should(mode):
     mirrored |= {(False, True): array[::-1], (True, True): array[::-1, ::-1]}
     names = {flipped.tobytes(): name for name, flipped in mirrored.items()}
     augment = Augment(**OFF | {"hflip": 0.5, "vflip": 0.25})
-    seen = Counter(names[augment(image, random.Random(seed), preprocessing()).tobytes()] for seed in range(800))
+    seen = Counter(names[augment(pixels(image), random.Random(seed), preprocessing()).tobytes()] for seed in range(800))
     # Three standard deviations of 800 draws.
     assert abs(seen[True, False] + seen[True, True] - 400) < 43
     assert abs(seen[False, True] + seen[True, True] - 200) < 37
@@ -318,7 +366,7 @@ def test_erasing_takes_torchvisions_rectangle_for_the_same_draws():
 def test_erasing_comes_as_often_as_its_probability():
     image = Image.new("L", (32, 32))
     augment = Augment(**OFF | {"erasing": 0.25})
-    erased = sum(augment(image, random.Random(seed), preprocessing()).any() for seed in range(800))
+    erased = sum(augment(pixels(image), random.Random(seed), preprocessing()).any() for seed in range(800))
     assert abs(erased - 200) < 37
 
 
@@ -327,11 +375,11 @@ def test_augmentation_is_a_function_of_picture_and_seed_and_leaves_the_picture_a
     augment = Augment(**OFF | ALL)
     image = picture(50, 40, mode=mode)
     before = image.tobytes()
-    results = [augment(image, random.Random(seed), preprocessing()) for seed in range(60)]
+    results = [augment(pixels(image), random.Random(seed), preprocessing()) for seed in range(60)]
     for seed, result in enumerate(results):
         assert result.dtype == np.uint8
         assert result.shape == ((32, 32, 3) if mode == "RGB" else (32, 32))
-        np.testing.assert_array_equal(result, augment(image, random.Random(seed), preprocessing()))
+        np.testing.assert_array_equal(result, augment(pixels(image), random.Random(seed), preprocessing()))
     assert len({result.tobytes() for result in results}) == 60
     assert image.tobytes() == before
 
@@ -341,7 +389,7 @@ def test_a_grey_picture_is_augmented_like_its_rgb_copy():
     augment = Augment(**OFF | ALL | {"color_jitter": 0.0, "erasing": 0.0})
     grey = picture(50, 40, mode="L")
     for seed in range(60):
-        one, three = (augment(p, random.Random(seed), preprocessing()) for p in (grey, grey.convert("RGB")))
+        one, three = (augment(pixels(p), random.Random(seed), preprocessing()) for p in (grey, grey.convert("RGB")))
         assert np.abs(three.astype(int) - one[:, :, None]).max() <= 1
 
 

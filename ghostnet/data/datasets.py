@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image
 
-from ghostnet.data.decode import decode
+from ghostnet.data.decode import Picture, Pixels, picture
 from ghostnet.errors import SampleError, UserError
 from ghostnet.schema import PositiveInt, did_you_mean
 from ghostnet.seeding import fold_in
@@ -34,8 +33,8 @@ class Dataset(Protocol):
     """Names of the classes; a label is an index into them."""
     labels: Labels
 
-    def image(self, index: int) -> Image.Image:
-        """The picture, RGB or greyscale; UserError names a file that can't be read."""
+    def image(self, index: int) -> Picture:
+        """The picture, decoded or not; SampleError names a file that can't be read."""
         ...
 
     def __len__(self) -> int: ...
@@ -83,14 +82,14 @@ class ImageFolder:
             return "is empty"
         return f"has no folder {split} (it holds {', '.join(found[:5])}{', …' if len(found) > 5 else ''})"
 
-    def image(self, index: int) -> Image.Image:
-        """The picture, RGB or greyscale; UserError names a file that can't be read."""
+    def image(self, index: int) -> Picture:
+        """The picture, of a JPEG its header; SampleError names a file that can't be read."""
         path = self.folder / self.names[index]
         try:
             data = path.read_bytes()
         except OSError as error:
             raise SampleError(f"{path} can't be read: {error.strerror}.") from None
-        return decode(data, path)
+        return picture(data, path)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -153,9 +152,9 @@ class FashionMnist:
             ) from None
         return cache / "FashionMNIST" / "raw"
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Picture:
         """The greyscale picture, 28×28."""
-        return Image.fromarray(self.pictures[index])
+        return Pixels(self.pictures[index])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -187,9 +186,9 @@ class Synthetic:
         distinct = min(num_classes, 16)
         self.pictures = [noise + np.uint8(127 * shade / max(1, distinct - 1)) for shade in range(distinct)]
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Picture:
         """The RGB picture of the label's shade."""
-        return Image.fromarray(self.pictures[self.labels[index] % len(self.pictures)])
+        return Pixels(self.pictures[self.labels[index] % len(self.pictures)])
 
     def __len__(self) -> int:
         return len(self.labels)

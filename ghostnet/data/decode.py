@@ -1,15 +1,25 @@
-"""From the bytes of an image file to a picture in memory."""
+"""From the bytes of an image file to pixels: of the part that is needed, no finer than it is needed."""
 
 import io
 import warnings
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from ghostnet.errors import SampleError
 
+Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+Size = tuple[int, int]
+"""Width and height in pixels."""
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels."""
+
 FORMATS = ("JPEG", "PNG", "WEBP")
+COLOURS = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "GRAY"}
+"""What a JPEG may hold for libjpeg-turbo to decode it, and as what; the rest is Pillow's."""
 
 # Pillow warns of odd metadata, which nobody reads here (JPEGs of ImageNet itself have broken EXIF), and no more than
 # warns of a picture that is up to twice as large as it allows.
@@ -17,14 +27,94 @@ warnings.filterwarnings("ignore", module="PIL")
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def decode(data: bytes, name: str | Path) -> Image.Image:
-    """An RGB or greyscale ("L") picture, told by its content, not its file name; UserError names what can't be read."""
+class Picture(Protocol):
+    """A picture that is decoded when, and as far as, it is asked for."""
+
+    size: Size
+
+    def cut(self, box: Box | None = None, at_least: Size | None = None) -> Array:
+        """Pixels of a box (null: all), uint8 (H, W, 3), of a grey picture (H, W).
+
+        at_least: they may be coarser than the picture, but no smaller than this; null: as fine as they are.
+        SampleError where they can't be decoded.
+        """
+        ...
+
+
+class Pixels:
+    """A picture that is in memory already, uint8 (H, W, 3) or grey (H, W)."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.size = array.shape[1], array.shape[0]
+
+    def cut(self, box: Box | None = None, at_least: Size | None = None) -> Array:
+        """A view of the box, as fine as it is."""
+        left, top, right, bottom = box or (0, 0, *self.size)
+        return self.array[top:bottom, left:right]
+
+
+class Jpeg:
+    """A JPEG whose header alone has been read."""
+
+    def __init__(self, data: bytes, name: str | Path, size: Size, colours: str) -> None:
+        self.data, self.name, self.size, self.colours = data, name, size, colours
+
+    def cut(self, box: Box | None = None, at_least: Size | None = None) -> Array:
+        """The box's pixels; where it is twice, four or eight times at_least, libjpeg decodes it so much coarser.
+
+        The box is moved by less than so many pixels then, to where the coarser pixels begin.
+        """
+        box = box or (0, 0, *self.size)
+        factor = shrinkage(box, at_least)
+        width, height = (-(-side // factor) for side in self.size)
+        try:
+            pixels: Array = simplejpeg.decode_jpeg(self.data, self.colours, min_height=height, min_width=width)
+        except ValueError:  # of any oddity: Pillow reads on where it can, and says what is wrong where it can't
+            return by_pillow(self.data, self.name).cut(box)
+        pixels = pixels[:, :, 0] if self.colours == "GRAY" else pixels
+        left, top, right, bottom = coarser(box, factor)
+        return pixels[top:bottom, left:right]
+
+
+def shrinkage(box: Box, at_least: Size | None) -> int:
+    """By which of 1, 2, 4, 8 a box may be shrunk and stay at least so large."""
+    if at_least is None:
+        return 1
+    spare = min((box[2] - box[0]) // at_least[0], (box[3] - box[1]) // at_least[1])
+    return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
+
+
+def coarser(box: Box, factor: int) -> Box:
+    """A box in pixels that are so much coarser; it holds as many of them as it is long, rounded down."""
+    left, top = box[0] // factor, box[1] // factor
+    return left, top, left + (box[2] - box[0]) // factor, top + (box[3] - box[1]) // factor
+
+
+def picture(data: bytes, name: str | Path) -> Picture:
+    """An RGB or grey picture, told by its content, not its file name; SampleError names what can't be read.
+
+    Of a JPEG only the header is read here. Its EXIF orientation is passed over, as published weights were trained.
+    """
+    if data.startswith(b"\xff\xd8"):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            return by_pillow(data, name)
+        # Larger ones are for Pillow to refuse.
+        if colours in COLOURS and 0 < width * height <= (Image.MAX_IMAGE_PIXELS or 0):
+            return Jpeg(data, name, (width, height), COLOURS[colours])
+    return by_pillow(data, name)
+
+
+def by_pillow(data: bytes, name: str | Path) -> Pixels:
+    """A picture in any of the formats, decoded by Pillow; SampleError names what can't be read."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
-        # Colours that metadata declare transparent would make later conversions warn or fail.
+        # Colours that metadata declare transparent would make the conversion warn or fail.
         image.info.clear()
-        return image if image.mode in ("RGB", "L") else to_rgb(image)
+        return Pixels(np.array(image if image.mode in ("RGB", "L") else to_rgb(image)))
     except UnidentifiedImageError:
         raise SampleError(
             f"{name} is {'empty' if not data else 'no JPEG, PNG or WebP'}. Replace or remove it."

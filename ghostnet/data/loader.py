@@ -1,6 +1,7 @@
 """Feeding the step: threads decode and augment into reused uint8 batches while the device computes."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ghostnet.data.datasets import Dataset, Labels
-from ghostnet.data.transforms import Array, Augment, Preprocessing
+from ghostnet.data.decode import Array
+from ghostnet.data.transforms import Augment, Preprocessing
 from ghostnet.device import copy_to, pinned
 from ghostnet.distributed import ALONE, Ranks
 from ghostnet.errors import UserError
@@ -55,8 +57,9 @@ class TrainLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8 (N, S, S, 3), labels (N,)) on the device, of one epoch from its start-th batch on."""
 
-        def sample(index: int) -> Array:
-            return self.augment(self.dataset.image(index), sample_rng(self.seed, epoch, index), self.preprocessing)
+        def sample(index: int, out: Array) -> Array:
+            rng = sample_rng(self.seed, epoch, index)
+            return self.augment(self.dataset.image(index), rng, self.preprocessing, out)
 
         return self.feeder.feed(list(self.indices(epoch)[start:]), self.dataset.labels, sample)
 
@@ -75,10 +78,14 @@ class EvalLoader:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8 (N, S, S, 3), labels (N,)) on the device."""
 
-        def sample(index: int) -> Array:
+        def sample(index: int, out: Array) -> Array:
             return self.preprocessing(self.dataset.image(index))
 
         return self.feeder.feed(self.indices, self.dataset.labels, sample)
+
+
+Sample = Callable[[int, Array], Array]
+"""(index, a place (S, S, 3)) -> the picture (S, S, 3) or (S, S), in that place or another."""
 
 
 class Feeder:
@@ -86,12 +93,10 @@ class Feeder:
 
     def __init__(self, device: torch.device, threads: int, image_size: int) -> None:
         self.device, self.image_size = device, image_size
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self.pool = worker_threads(threads)
         self.ring: list[_Slot] = []
 
-    def feed(
-        self, batches: Sequence[Indices], labels: Labels, sample: Callable[[int], Array]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def feed(self, batches: Sequence[Indices], labels: Labels, sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches in order, each on the device until the next is asked for.
 
         An error of a sample is raised when its batch is asked for. Closing the iterator ends the work under way.
@@ -136,9 +141,7 @@ class Feeder:
         # AHEAD, the one that is waited for, and the one that the step is using.
         return [_Slot(batch_size, self.image_size, pinned(self.device)) for _ in range(AHEAD + 2)]
 
-    def _fill(
-        self, slot: "_Slot", indices: Indices, labels: Labels, sample: Callable[[int], Array]
-    ) -> list[Future[None]]:
+    def _fill(self, slot: "_Slot", indices: Indices, labels: Labels, sample: Sample) -> list[Future[None]]:
         reusable = slot.reusable
 
         def fill(start: int) -> None:
@@ -146,11 +149,33 @@ class Feeder:
             part = indices[start : start + CHUNK]
             slot.label_values[start : start + len(part)] = labels[part]
             for position, index in enumerate(part.tolist(), start):
-                picture = sample(index)
-                # A grey picture is written to all three channels.
-                slot.pixels[position] = picture if picture.ndim == 3 else picture[:, :, None]
+                place = slot.pixels[position]
+                picture = sample(index, place)
+                if picture is not place:
+                    # A grey picture is written to all three channels.
+                    np.copyto(place, picture if picture.ndim == 3 else picture[:, :, None])
 
         return [self.pool.submit(fill, start) for start in range(0, len(indices), CHUNK)]
+
+
+def worker_threads(count: int) -> ThreadPoolExecutor:
+    """So many threads, started, in each of which torch computes with one."""
+    started = threading.Barrier(count + 1)
+
+    def start() -> None:
+        # Else each would bring a team of OpenMP threads of its own, which take the CPUs from the step. A thread that
+        # was never asked for its number takes over the process's later.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        started.wait()
+
+    computing = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, thread_name_prefix="loader", initializer=start)
+    for _ in range(count):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(computing)  # MKL's number is the process's, not the thread's
+    return pool
 
 
 class _Slot:

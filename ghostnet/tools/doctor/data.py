@@ -77,7 +77,7 @@ def unreadable(split: Any, index: int) -> str | None:  # noqa: ANN401 (any data 
     from ghostnet.errors import UserError
 
     try:
-        split.image(index)
+        split.image(index).cut()
     except UserError as error:
         return str(error)
     except Exception as error:
