@@ -1,6 +1,7 @@
 """The only room that knows npu, cuda and cpu apart."""
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -312,14 +313,26 @@ def pinned(device: torch.device) -> bool:
 def copy_to(device: torch.device, *tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
     """Copies on the device, under way without waiting, and a function that waits until the sources may be reused.
 
+    They are made beside what the device computes meanwhile; what is asked of it from now on waits for them.
     On the CPU these are the tensors themselves: they are free once the step that uses them has returned.
     """
     if device.type == "cpu":
         return list(tensors), lambda: None
-    copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
-    event = _module(device.type).Event()
-    event.record()
+    module, aside = _module(device.type), _stream_for_copies(device)
+    computing = module.current_stream(device)
+    with module.stream(aside):
+        copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
+        event = module.Event()
+        event.record(aside)
+    computing.wait_event(event)
+    for copy in copies:
+        copy.record_stream(computing)  # their memory is not given to the next copies before the step is done with it
     return copies, event.synchronize
+
+
+@functools.cache
+def _stream_for_copies(device: torch.device) -> Any:  # noqa: ANN401 (a stream of torch.cuda or torch.npu)
+    return _module(device.type).Stream(device)
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

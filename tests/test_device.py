@@ -1,5 +1,6 @@
 """Devices: what is chosen, what is refused and why. Cards are stand-ins, so that this runs anywhere."""
 
+import contextlib
 import os
 import sys
 import time
@@ -238,27 +239,46 @@ def test_copies_to_the_cpu_are_the_tensors_themselves():
     wait()
 
 
-def test_copies_to_a_card_are_under_way_until_the_event_has_passed(machine):
+def test_copies_to_a_card_are_made_aside_and_what_comes_after_waits_for_them(machine):
     events = []
 
     class Event:
-        def record(self):
-            events.append("record")
+        def record(self, stream):
+            events.append(("record", stream.name))
 
         def synchronize(self):
             events.append("wait")
 
+    class Stream:
+        def __init__(self, device, name="aside"):
+            self.name = name
+
+        def wait_event(self, event):
+            events.append((self.name, "waits"))
+
     class Source:
         def to(self, target, non_blocking):
             events.append((target.type, non_blocking))
-            return "copy"
+            return self
+
+        def record_stream(self, stream):
+            events.append(("used by", stream.name))
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        events.append(("begin", chosen.name))
+        yield
+        events.append(("end", chosen.name))
 
     cards = Cards()
-    cards.Event = Event
+    cards.Event, cards.Stream, cards.stream = Event, Stream, stream
+    cards.current_stream = lambda device: Stream(device, "computing")
     machine(cuda=cards)
-    copies, wait = device.copy_to(torch.device("cuda", 0), Source(), Source())
-    assert copies == ["copy", "copy"]
-    assert events == [("cuda", True), ("cuda", True), "record"]
+    device._stream_for_copies.cache_clear()
+    _, wait = device.copy_to(torch.device("cuda", 0), Source(), Source())
+    device._stream_for_copies.cache_clear()
+    aside = [("begin", "aside"), ("cuda", True), ("cuda", True), ("record", "aside"), ("end", "aside")]
+    assert events == [*aside, ("computing", "waits"), ("used by", "computing"), ("used by", "computing")]
     wait()
     assert events[-1] == "wait"
 
