@@ -45,7 +45,9 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     with ranks.main_first():
         val_set = build(data["dataset"], "val")
     feeder = Feeder(device, data["workers"] or cpu_count(), data["image_size"])
-    loader = EvalLoader(val_set, build(data["preprocessing"]), data["eval_batch_size"], feeder, ranks)
+    loader = EvalLoader(
+        val_set, build(data["preprocessing"]), data["eval_batch_size"], feeder, ranks, data.get("on_error") == "skip"
+    )
 
     # Model
     num_classes = config["model"]["num_classes"] or (saved["num_classes"] if own else len(val_set.classes))
@@ -71,6 +73,9 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     with evaluation_bar(sum(map(len, loader.indices)), quiet=not ranks.is_main) as advance:
         result = engine.evaluate(model, amp, loader, StopSignal(ranks), advance)
     feeder.close()
+    skipped = [fault for faults in ranks.gather(loader.skipped.news()) for fault in faults]
+    for fault in skipped if ranks.is_main else ():
+        print(f"skipped: {fault}", flush=True)
     return {
         "top1": result.top1,
         "top5": result.top5,
@@ -79,6 +84,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
         "top1_hits": result.top1_hits,
         "top5_hits": result.top5_hits,
         "images": result.count,
+        "skipped": len(skipped),
         "ckpt": str(path),
         "step": saved["step"] if own else None,
         "ema": use_ema,

@@ -55,9 +55,10 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     check_same_classes(train_set, val_set)
     threads = data["workers"] or cpu_count()
     feeders = [Feeder(device, threads, data["image_size"]) for _ in range(2)]
+    skip = data.get("on_error") == "skip"
     preprocessing, augment = build(data["preprocessing"]), build(data["augment"])
-    train_loader = TrainLoader(train_set, preprocessing, augment, data["batch_size"], seed, feeders[0], ranks)
-    eval_loader = EvalLoader(val_set, preprocessing, data["eval_batch_size"], feeders[1], ranks)
+    train_loader = TrainLoader(train_set, preprocessing, augment, data["batch_size"], seed, feeders[0], ranks, skip)
+    eval_loader = EvalLoader(val_set, preprocessing, data["eval_batch_size"], feeders[1], ranks, skip)
     steps_per_epoch = engine.steps_per_epoch(train_loader, accumulate)
     console.say(f"data    {len(train_set):,} + {len(val_set):,} images of {len(train_set.classes)} classes")
 
@@ -139,6 +140,12 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         for logger in loggers:
             logger.log(row)
 
+    def tell_skipped() -> None:
+        if skip:
+            for faults in ranks.gather(train_loader.skipped.news() + eval_loader.skipped.news()):
+                for fault in faults:
+                    console.say(f"skipped {fault}")
+
     def save(name: str) -> None:
         facts = {"config": job.raw, "classes": train_set.classes, "images": len(train_set), "num_classes": num_classes}
         facts["seconds"] = earlier + time.monotonic() - started
@@ -162,6 +169,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
                     due = epoch % cfg["eval_every"] == 0 or state.step == total_steps
                     if within == 0 and due and state.evaluated < state.step:
                         log(_evaluate(state, eval_loader, console, epoch, stop))
+                        tell_skipped()
                         if state.best is state.last:
                             save(checkpoint.BEST)
                     if within == 0 and state.step:
@@ -173,6 +181,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
                         if step % cfg["log_every"] == 0 or step % steps_per_epoch == 0:
                             _stop_if_not_finite(state, recipe, folder)
                             log(_train_row(state, steps_per_epoch))
+                            tell_skipped()
                         if cfg["save_every"] and step % cfg["save_every"] == 0 and step % steps_per_epoch:
                             _stop_if_not_finite(state, recipe, folder)
                             save(checkpoint.LAST)
@@ -211,6 +220,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
             "num_classes": num_classes,
             "seed": seed,
             "torch": torch.__version__,
+            "skipped_train": len(set().union(*ranks.gather(set(train_loader.skipped.faults)))),
+            "skipped_val": len(set().union(*ranks.gather(set(eval_loader.skipped.faults)))),
             "memory": ranks.gather(peak_memory(device)),
             "seconds": earlier + time.monotonic() - started,
             "command": job.command,

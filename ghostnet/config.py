@@ -82,6 +82,8 @@ class DataConfig:
     image_size: PositiveInt
     augment: Config
     mix: Config
+    on_error: Literal["raise", "skip"] = "raise"
+    """Runs of version 0.2 had none."""
 
 
 @dataclass

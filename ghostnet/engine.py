@@ -265,8 +265,8 @@ def evaluate(
         except SampleError as fault:
             error = fault
         stop.check(error)
-        if batch is None:
-            continue  # another rank has one more
+        if batch is None or not len(batch[1]):
+            continue  # another rank has one more, or none of its pictures could be read
         images, labels = batch
         images = loader.preprocessing.normalize(images).contiguous(memory_format=memory_format(device))
         logits = amp.forward(model, images)
@@ -275,7 +275,11 @@ def evaluate(
         on_batch(len(labels))
     ranked = stop.ranks.gather((counts.tolist(), torch.cat(losses).tolist() if losses else []))
     top1, top5 = (sum(hit[k] for hit, _ in ranked) for k in range(2))
+    count = sum(len(values) for _, values in ranked)
+    if not count:
+        first = next(iter(loader.skipped.faults.values()), "")
+        raise UserError(f"none of the {len(loader.dataset):,} evaluation images can be read. {first}".rstrip())
     # fsum is exact: the order of the samples, and so the number of ranks, doesn't show.
     loss = math.fsum(value for _, values in ranked for value in values)
-    seconds, count = time.perf_counter() - before, len(loader.dataset)
+    seconds = time.perf_counter() - before
     return EvalResult(top1, top5, count, loss / count, count / seconds)

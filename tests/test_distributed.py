@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -353,6 +354,27 @@ def test_killing_one_process_ends_all_of_them(tmp_path, tiny_data, victim):
         assert "Traceback" not in err
     else:
         assert process.returncode == -signal.SIGKILL
+
+
+def test_broken_pictures_are_skipped_told_and_counted_by_all_ranks_together(run, tmp_path, image_folder):
+    root = tmp_path / "data"
+    shutil.copytree(image_folder, root)
+    broken = [root / "train/class0/000.jpg", root / "train/class2/004.jpg", root / "val/class1/001.JPEG"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:100])
+    words = ["data=imagefolder", f"data.root={root}", "data.on_error=skip", "data.image_size=32", "model.width=0.1"]
+    done = run("train.py", *words, "device=cpu_2p", "data.batch_size=8", "epochs=3", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    for path in broken:
+        assert f"skipped {path} can't be decoded" in done.stdout
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["skipped_train"], result["skipped_val"]) == (2, 1)
+    again = run("evaluate.py", "ckpt=run", "device=cpu")
+    assert again.returncode == 0, again.stderr
+    assert f"skipped: {broken[2]} can't be decoded" in again.stdout
+    counts = json.loads(again.stdout.splitlines()[-1])
+    assert (counts["images"], counts["skipped"]) == (23, 1)
+    assert counts["top1"] == result["top1"]
 
 
 def test_a_broken_picture_on_one_rank_ends_the_run_with_its_path_and_saves_what_was_trained(

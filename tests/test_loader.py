@@ -14,7 +14,7 @@ from ghostnet.data.decode import Pixels
 from ghostnet.data.loader import AHEAD, CHUNK, EvalLoader, Feeder, TrainLoader
 from ghostnet.data.transforms import Augment, Preprocessing
 from ghostnet.distributed import Ranks
-from ghostnet.errors import UserError
+from ghostnet.errors import SampleError, UserError
 from ghostnet.seeding import sample_rng
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ class Numbered:
         try:
             self.wait(index)
             if index in self.broken:
-                raise UserError(f"picture {index} is broken")
+                raise SampleError(f"picture {index} is broken")
             if self.mode == "L":
                 return Pixels(np.full((self.side, self.side), index, np.uint8))
             pixels = np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), np.uint8)
@@ -303,6 +303,46 @@ def test_an_error_of_a_sample_comes_as_it_is_when_its_batch_is_asked_for(mode, f
         next(batches)
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_skipped_in_training_others_take_their_places_whatever_the_threads_and_ranks(feeders):
+    broken = {3, 57, 58, 99}
+    dataset = Numbered(100, broken=broken)
+    whole = TrainLoader(dataset, SPEC, ALL, 10, 1, feeders(3), skip=True)
+    seen = copies(whole.batches(0))
+    order = whole.indices(0).flatten()
+    labels = torch.cat([labels for _, labels in seen]) // 3
+    changed = {int(index): int(label) for index, label in zip(order, labels, strict=True) if index != label}
+    assert changed.keys() == broken
+    assert not broken & set(changed.values())
+    for images, labels in copies(TrainLoader(dataset, SPEC, OFF, 10, 1, feeders(), skip=True).batches(0)):
+        assert labels.tolist() == [3 * number for number in numbers(images)]
+    assert_same(seen, copies(TrainLoader(dataset, SPEC, ALL, 10, 1, feeders(1), skip=True).batches(0)))
+    halves = [
+        copies(TrainLoader(dataset, SPEC, ALL, 5, 1, feeders(), Ranks(r, 2), skip=True).batches(0)) for r in (0, 1)
+    ]
+    for batch, first, second in zip(seen, *halves, strict=True):
+        assert torch.equal(batch[0], torch.cat([first[0], second[0]]))
+    assert whole.skipped.faults.keys() == broken
+    assert sorted(whole.skipped.news()) == sorted(f"picture {index} is broken" for index in broken)
+    assert whole.skipped.news() == []
+
+
+def test_skipped_in_evaluation_they_are_left_out(feeders):
+    broken = {0, 20, *range(40, 60)}
+    dataset = Numbered(100, broken=broken)
+    loader = EvalLoader(dataset, SPEC, 10, feeders(3), skip=True)
+    batches = copies(loader.batches())
+    assert [len(labels) for _, labels in batches] == [9, 10, 9, 10, 0, 0, 10, 10, 10, 10]
+    assert [number for images, _ in batches for number in numbers(images)] == sorted({*range(100)} - broken)
+    assert all(labels.tolist() == [3 * number for number in numbers(images)] for images, labels in batches)
+    assert loader.skipped.faults.keys() == broken
+
+
+def test_data_of_which_nothing_can_be_read_are_not_skipped_for_ever(feeders):
+    loader = TrainLoader(Numbered(20, broken=range(20)), SPEC, OFF, 5, 1, feeders(), skip=True)
+    with pytest.raises(SampleError, match="is broken"):
+        next(loader.batches(0))
 
 
 def test_after_an_error_no_thread_works_on_and_the_feeder_is_usable_again(feeders):

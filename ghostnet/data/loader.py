@@ -14,7 +14,7 @@ from ghostnet.data.decode import Array
 from ghostnet.data.transforms import Augment, Preprocessing
 from ghostnet.device import copy_to, pinned
 from ghostnet.distributed import ALONE, Ranks
-from ghostnet.errors import UserError
+from ghostnet.errors import SampleError, UserError
 from ghostnet.seeding import fold_in, sample_rng
 
 Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -23,6 +23,25 @@ CHUNK = 16
 """Samples that one thread does at a time: small enough to share a batch evenly, large enough to cost no time itself."""
 AHEAD = 3
 """Batches under way before they are asked for."""
+TRIES = 20
+"""Pictures that may be drawn for one place of a batch, where they can't be read and are skipped."""
+NOTHING = -1
+"""The label of a place that no picture fills."""
+
+
+class Skipped:
+    """Samples that can't be read and were skipped, on this rank."""
+
+    def __init__(self) -> None:
+        self.faults: dict[int, str] = {}
+        """What is wrong with each, by its index, in the order in which they were met."""
+        self.told = 0
+
+    def news(self) -> list[str]:
+        """What is wrong with those that were met since the last call."""
+        faults = list(self.faults.values())
+        self.told, told = len(faults), self.told
+        return faults[told:]
 
 
 class TrainLoader:
@@ -37,10 +56,15 @@ class TrainLoader:
         seed: int,
         feeder: "Feeder",
         ranks: Ranks = ALONE,
+        skip: bool = False,
     ) -> None:
-        """batch_size: images of one forward pass on this device. UserError where the data don't fill one batch."""
+        """batch_size: images of one forward pass on this device. UserError where the data don't fill one batch.
+
+        skip: another picture, a function of (seed, epoch, sample index), takes the place of one that can't be read.
+        """
         self.dataset, self.preprocessing, self.augment = dataset, preprocessing, augment
-        self.batch_size, self.seed, self.feeder, self.ranks = batch_size, seed, feeder, ranks
+        self.batch_size, self.seed, self.feeder, self.ranks, self.skip = batch_size, seed, feeder, ranks, skip
+        self.skipped = Skipped()
         self.batches_per_epoch = len(dataset) // (batch_size * ranks.world_size)
         if not self.batches_per_epoch:
             raise UserError(
@@ -57,9 +81,17 @@ class TrainLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8 (N, S, S, 3), labels (N,)) on the device, of one epoch from its start-th batch on."""
 
-        def sample(index: int, out: Array) -> Array:
+        def sample(index: int, out: Array) -> tuple[Array, int]:
             rng = sample_rng(self.seed, epoch, index)
-            return self.augment(self.dataset.image(index), rng, self.preprocessing, out)
+            for left in reversed(range(TRIES)):
+                try:
+                    return self.augment(self.dataset.image(index), rng, self.preprocessing, out), index
+                except SampleError as error:
+                    if not self.skip or not left:
+                        raise
+                    self.skipped.faults[index] = str(error)
+                    index = fold_in(self.seed, "instead", epoch, index) % len(self.dataset)
+            raise AssertionError
 
         return self.feeder.feed(list(self.indices(epoch)[start:]), self.dataset.labels, sample)
 
@@ -68,24 +100,38 @@ class EvalLoader:
     """Preprocessed evaluation batches: every sample once, on one rank, the last batch short, nothing padded."""
 
     def __init__(
-        self, dataset: Dataset, preprocessing: Preprocessing, batch_size: int, feeder: "Feeder", ranks: Ranks = ALONE
+        self,
+        dataset: Dataset,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        feeder: "Feeder",
+        ranks: Ranks = ALONE,
+        skip: bool = False,
     ) -> None:
-        self.dataset, self.preprocessing, self.feeder = dataset, preprocessing, feeder
+        """skip: pictures that can't be read are left out."""
+        self.dataset, self.preprocessing, self.feeder, self.skip = dataset, preprocessing, feeder, skip
+        self.skipped = Skipped()
         own = np.arange(ranks.rank, len(dataset), ranks.world_size)
         self.indices = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
         self.batches_of_any_rank = math.ceil(math.ceil(len(dataset) / ranks.world_size) / batch_size)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images uint8 (N, S, S, 3), labels (N,)) on the device."""
+        """(images uint8 (N, S, S, 3), labels (N,)) on the device; N is smaller by those skipped, and may be 0."""
 
-        def sample(index: int, out: Array) -> Array:
-            return self.preprocessing(self.dataset.image(index))
+        def sample(index: int, out: Array) -> tuple[Array, int] | None:
+            try:
+                return self.preprocessing(self.dataset.image(index)), index
+            except SampleError as error:
+                if not self.skip:
+                    raise
+                self.skipped.faults[index] = str(error)
+                return None
 
         return self.feeder.feed(self.indices, self.dataset.labels, sample)
 
 
-Sample = Callable[[int, Array], Array]
-"""(index, a place (S, S, 3)) -> the picture (S, S, 3) or (S, S), in that place or another."""
+Sample = Callable[[int, Array], tuple[Array, int] | None]
+"""(index, a place (S, S, 3)) -> the picture (S, S, 3) or (S, S), in that place or another, and its index; or None."""
 
 
 class Feeder:
@@ -116,8 +162,7 @@ class Feeder:
                 for future in futures:
                     future.result()
                 under_way.pop(0)
-                count = len(batches[position])
-                copies, slot.reusable = copy_to(self.device, slot.images[:count], slot.labels[:count])
+                copies, slot.reusable = copy_to(self.device, *slot.filled(len(batches[position])))
                 yield copies[0], copies[1]
         finally:
             for _, futures in under_way:
@@ -147,10 +192,14 @@ class Feeder:
         def fill(start: int) -> None:
             reusable()
             part = indices[start : start + CHUNK]
-            slot.label_values[start : start + len(part)] = labels[part]
-            for position, index in enumerate(part.tolist(), start):
+            for position, wanted in enumerate(part.tolist(), start):
                 place = slot.pixels[position]
-                picture = sample(index, place)
+                found = sample(wanted, place)
+                if found is None:
+                    slot.label_values[position] = NOTHING
+                    continue
+                picture, index = found
+                slot.label_values[position] = labels[index]
                 if picture is not place:
                     # A grey picture is written to all three channels.
                     np.copyto(place, picture if picture.ndim == 3 else picture[:, :, None])
@@ -188,3 +237,12 @@ class _Slot:
             self.labels = torch.empty(batch_size, dtype=torch.int64, pin_memory=pin)
         self.pixels, self.label_values = self.images.numpy(), self.labels.numpy()
         self.reusable: Callable[[], None] = lambda: None
+
+    def filled(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of its first places, without those that no picture fills."""
+        images, labels = self.images[:count], self.labels[:count]
+        there = self.label_values[:count] != NOTHING
+        if there.all():
+            return images, labels
+        keep = torch.from_numpy(there)
+        return images[keep], labels[keep]
