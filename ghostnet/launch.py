@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.config import Config, resolved, unresolved
@@ -83,6 +84,9 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
         if not (args.help or args.hydra_help or args.shell_completion):
             checked = check_command(args.config_name or name, args.overrides, args.multirun)
             _check_ranks(checked, ranks)
+            if not asks:
+                for job in checked.jobs:
+                    check_paths(job, trains)
             if trains and not asks:
                 place = settle(checked, typed, args.multirun)
                 folder = claim(place)
@@ -154,6 +158,21 @@ def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
             f"device.count={counts.pop()}, but {ranks.starter} started {ranks.local_size} on this machine. "
             f"Give device.count={ranks.local_size}, or start as many as that."
         )
+
+
+def check_paths(cfg: Config, trains: bool) -> None:
+    """ConfigError where a file or folder that a job names is not there, before torch is loaded for it."""
+    files = [cfg["model"]["weights"]] if trains else [cfg["ckpt"]]
+    for path in filter(None, files):
+        if not Path(path).expanduser().exists():
+            raise ConfigError(f"{path} does not exist: give a checkpoint file{'' if trains else ' or a run folder'}.")
+    node = cfg["data"]["dataset"]
+    if trains and (find := getattr(get_object(node["_target_"]), "find", None)):
+        try:
+            for split in ("train", "val"):
+                find(split, node["root"])
+        except UserError as error:
+            raise ConfigError(str(error)) from None
 
 
 def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN401 (for run)

@@ -4,8 +4,6 @@ import hashlib
 import operator
 import random
 
-import torch
-
 
 def fold_in(seed: int, *values: int | str) -> int:
     """A new 63-bit seed from a seed and what it is for (stream name, epoch, index …), the same on every machine."""
@@ -21,9 +19,13 @@ def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
 
 def seed_init(seed: int) -> None:
     """Seed torch's generators before the model is built."""
+    import torch
+
     torch.manual_seed(fold_in(seed, "init"))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators on all devices before a forward pass: dropout is a function of (seed, step, rank)."""
+    import torch
+
     torch.manual_seed(fold_in(seed, "dropout", step, rank))

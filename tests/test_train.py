@@ -274,6 +274,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(run: Run, tmp_pat
     assert all(value.isfinite().all() for value in saved["model"].values()), "bad weights were saved as good"
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "part"),
+    [
+        ("train.py", ["data=imagefolder", "data.root=/nowhere"], "data.root=/nowhere does not exist"),
+        ("train.py", ["data=imagefolder"], "data.root is not set"),
+        ("train.py", ["data=samples", "model.weights=/nowhere.pth"], "/nowhere.pth does not exist"),
+        ("train.py", ["-m", "data=samples,imagefolder"], "data.root is not set"),
+        ("train.py", ["data=samples", "resume=/nowhere.pt"], "/nowhere.pt does not exist"),
+        ("train.py", ["data=samples", "optim.lrr=1"], "optim.lrr"),
+        ("train.py", ["data=samples", "--cfg", "job"], ""),
+        ("train.py", ["--help"], ""),
+        ("evaluate.py", ["ckpt=/nowhere"], "/nowhere does not exist"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_told_before_torch_is_loaded(
+    run: Run, tmp_path: Path, program: str, words: list[str], part: str
+) -> None:
+    place = tmp_path / "no torch" / "torch"
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text("raise SystemExit('torch was loaded')\n")
+    done = run(program, *words, PYTHONPATH=str(place.parent))
+    assert done.returncode == (1 if part else 0)
+    assert "torch was loaded" not in done.stderr
+    assert part in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["no torch"]
+
+
 def test_a_run_that_fails_before_its_first_step_leaves_no_folder(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     done = run("train.py", *TINY, f"data.root={tiny_data}", "data.batch_size=1000")
     assert done.returncode == 1

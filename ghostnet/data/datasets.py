@@ -44,15 +44,8 @@ class ImageFolder:
     """root/train/<class>/* and root/val/<class>/*: JPEG, PNG or WebP files, ImageNet's layout; hidden ones left out."""
 
     def __init__(self, split: Split, /, root: str | None) -> None:
-        if not root:
-            raise UserError(
-                "data.root is not set: give the folder that holds train/<class>/* and val/<class>/*, "
-                "as data.root=/data/imagenet, or try it without a data set of your own: experiment=quickstart"
-            )
-        folder = Path(root).expanduser() / split
-        looked_for = f"Looked for {folder}/<class>/*.jpg|jpeg|png|webp"
-        if not folder.is_dir():
-            raise UserError(f"data.root={root} {self._missing(Path(root).expanduser(), split)}. {looked_for}.")
+        folder = self.find(split, root)
+        looked_for = self._looked_for(folder)
         self.classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
         self.folder = folder
         self.names: list[str] = []
@@ -70,6 +63,24 @@ class ImageFolder:
                 f"{empty[0]} first. {looked_for}. Fill or remove them."
             )
         self.labels: Labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
+
+    @staticmethod
+    def find(split: Split, root: str | None) -> Path:
+        """The split's folder; UserError where it is not there."""
+        if not root:
+            raise UserError(
+                "data.root is not set: give the folder that holds train/<class>/* and val/<class>/*, "
+                "as data.root=/data/imagenet, or try it without a data set of your own: experiment=quickstart"
+            )
+        folder = Path(root).expanduser() / split
+        if not folder.is_dir():
+            missing = ImageFolder._missing(Path(root).expanduser(), split)
+            raise UserError(f"data.root={root} {missing}. {ImageFolder._looked_for(folder)}.")
+        return folder
+
+    @staticmethod
+    def _looked_for(folder: Path) -> str:
+        return f"Looked for {folder}/<class>/*.jpg|jpeg|png|webp"
 
     @staticmethod
     def _missing(root: Path, split: str) -> str:
