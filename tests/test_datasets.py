@@ -82,7 +82,10 @@ def test_hidden_files_other_files_and_folders_in_a_class_are_passed_over(root):
     (root / "train/notes.png").write_text("no class")
     dataset = ImageFolder("train", str(root))
     assert dataset.classes == ["cat", "dog"]
-    assert dataset.names == ["cat/1.png", "dog/1.png"]
+    assert [dataset.path(index) for index in range(len(dataset))] == [
+        root / "train/cat/1.png",
+        root / "train/dog/1.png",
+    ]
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(root, monkeypatch):

@@ -5,7 +5,6 @@ To add one: a class with these attributes and methods, and a file in conf/data/ 
 
 import gzip
 import math
-import os
 import zlib
 from http.client import HTTPException
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ghostnet.data.decode import Picture, Pixels, picture
+from ghostnet.data.index import FileIndex, cache_folder
 from ghostnet.errors import SampleError, UserError
 from ghostnet.schema import PositiveInt, did_you_mean
 from ghostnet.seeding import fold_in
@@ -21,7 +21,6 @@ from ghostnet.seeding import fold_in
 Split = Literal["train", "val"]
 Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 REPOSITORY = Path(__file__).parent.parent.parent
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -46,23 +45,17 @@ class ImageFolder:
     def __init__(self, split: Split, /, root: str | None) -> None:
         folder = self.find(split, root)
         looked_for = self._looked_for(folder)
-        self.classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-        self.folder = folder
-        self.names: list[str] = []
-        counts = []
-        for name in self.classes:
-            files = sorted(e.name for e in os.scandir(folder / name) if _is_picture(e.name))
-            self.names += [f"{name}/{file}" for file in files]
-            counts.append(len(files))
-        if not self.names:
+        self.folder, self.files = folder, FileIndex(folder)
+        self.classes, counts = self.files.classes, self.files.counts
+        if not len(self.files):
             raise UserError(f"data.root={root} has no images in {split}. {looked_for}.")
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
         if empty:
             raise UserError(
                 f"data.root={root}: {len(empty)} of {len(counts)} class folders in {split} hold no image, "
                 f"{empty[0]} first. {looked_for}. Fill or remove them."
             )
-        self.labels: Labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
+        self.labels: Labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
     @staticmethod
     def find(split: Split, root: str | None) -> Path:
@@ -95,15 +88,19 @@ class ImageFolder:
 
     def image(self, index: int) -> Picture:
         """The picture, of a JPEG its header; SampleError names a file that can't be read."""
-        path = self.folder / self.names[index]
+        path = self.path(index)
         try:
             data = path.read_bytes()
         except OSError as error:
             raise SampleError(f"{path} can't be read: {error.strerror}.") from None
         return picture(data, path)
 
+    def path(self, index: int) -> Path:
+        """The picture's file."""
+        return self.folder / self.files[index]
+
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.files)
 
 
 class FashionMnist:
@@ -136,7 +133,7 @@ class FashionMnist:
             base = Path(root).expanduser()
             places = [base, base / "FashionMNIST" / "raw"]
         else:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ghostnet"
+            cache = cache_folder()
             places = [DEBIAN_FASHION_MNIST, cache / "FashionMNIST" / "raw"]
         for place in places:
             if all(idx_path(place, name) for name in names):
@@ -203,10 +200,6 @@ class Synthetic:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def idx_path(folder: Path, name: str) -> Path | None:
