@@ -24,6 +24,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     import torch
 
     from ghostnet import checkpoint, engine
+    from ghostnet.data.cache import open_cache
     from ghostnet.data.datasets import relabel
     from ghostnet.data.loader import EvalLoader, Feeder
     from ghostnet.device import cpu_count, memory_format
@@ -45,9 +46,9 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     with ranks.main_first():
         val_set = build(data["dataset"], "val")
     feeder = Feeder(device, data["workers"] or cpu_count(), data["image_size"])
-    loader = EvalLoader(
-        val_set, build(data["preprocessing"]), data["eval_batch_size"], feeder, ranks, data.get("on_error") == "skip"
-    )
+    preprocessing, skip = build(data["preprocessing"]), data.get("on_error") == "skip"
+    cache = open_cache(val_set, preprocessing, ranks) if data.get("cache_val") else None
+    loader = EvalLoader(val_set, preprocessing, data["eval_batch_size"], feeder, ranks, skip, cache)
 
     # Model
     num_classes = config["model"]["num_classes"] or (saved["num_classes"] if own else len(val_set.classes))
@@ -73,6 +74,8 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     with evaluation_bar(sum(map(len, loader.indices)), quiet=not ranks.is_main) as advance:
         result = engine.evaluate(model, amp, loader, StopSignal(ranks), advance)
     feeder.close()
+    if cache and ranks.is_main:
+        print(f"cache: {cache}", flush=True)
     skipped = [fault for faults in ranks.gather(loader.skipped.news()) for fault in faults]
     for fault in skipped if ranks.is_main else ():
         print(f"skipped: {fault}", flush=True)

@@ -30,6 +30,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     import torch
 
     from ghostnet import checkpoint, engine
+    from ghostnet.data.cache import open_cache
     from ghostnet.data.datasets import check_same_classes, check_same_data
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
     from ghostnet.device import check_sync_bn, cpu_count, describe, memory_format, peak_memory
@@ -57,10 +58,13 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     feeders = [Feeder(device, threads, data["image_size"]) for _ in range(2)]
     skip = data.get("on_error") == "skip"
     preprocessing, augment = build(data["preprocessing"]), build(data["augment"])
+    cache = open_cache(val_set, preprocessing, ranks) if data.get("cache_val") else None
     train_loader = TrainLoader(train_set, preprocessing, augment, data["batch_size"], seed, feeders[0], ranks, skip)
-    eval_loader = EvalLoader(val_set, preprocessing, data["eval_batch_size"], feeders[1], ranks, skip)
+    eval_loader = EvalLoader(val_set, preprocessing, data["eval_batch_size"], feeders[1], ranks, skip, cache)
     steps_per_epoch = engine.steps_per_epoch(train_loader, accumulate)
     console.say(f"data    {len(train_set):,} + {len(val_set):,} images of {len(train_set.classes)} classes")
+    if cache:
+        console.say(f"cache   {cache}")
 
     # Model
     num_classes = cfg["model"]["num_classes"] or len(train_set.classes)
@@ -170,6 +174,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
                     if within == 0 and due and state.evaluated < state.step:
                         log(_evaluate(state, eval_loader, console, epoch, stop))
                         tell_skipped()
+                        if cache and cache.fault:
+                            console.say(f"note    {cache}")
                         if state.best is state.last:
                             save(checkpoint.BEST)
                     if within == 0 and state.step:

@@ -83,7 +83,8 @@ class DataConfig:
     augment: Config
     mix: Config
     on_error: Literal["raise", "skip"] = "raise"
-    """Runs of version 0.2 had none."""
+    cache_val: bool = False
+    """Runs of version 0.2 had neither."""
 
 
 @dataclass

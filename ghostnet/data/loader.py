@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghostnet.data.cache import PictureCache
 from ghostnet.data.datasets import Dataset, Labels
 from ghostnet.data.decode import Array
 from ghostnet.data.transforms import Augment, Preprocessing
@@ -107,9 +108,11 @@ class EvalLoader:
         feeder: "Feeder",
         ranks: Ranks = ALONE,
         skip: bool = False,
+        cache: PictureCache | None = None,
     ) -> None:
-        """skip: pictures that can't be read are left out."""
+        """skip: pictures that can't be read are left out. cache: where they are kept and found."""
         self.dataset, self.preprocessing, self.feeder, self.skip = dataset, preprocessing, feeder, skip
+        self.cache = cache
         self.skipped = Skipped()
         own = np.arange(ranks.rank, len(dataset), ranks.world_size)
         self.indices = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
@@ -119,13 +122,18 @@ class EvalLoader:
         """(images uint8 (N, S, S, 3), labels (N,)) on the device; N is smaller by those skipped, and may be 0."""
 
         def sample(index: int, out: Array) -> tuple[Array, int] | None:
+            if self.cache and self.cache.read(index, out):
+                return out, index
             try:
-                return self.preprocessing(self.dataset.image(index)), index
+                place(self.preprocessing(self.dataset.image(index)), out)
             except SampleError as error:
                 if not self.skip:
                     raise
                 self.skipped.faults[index] = str(error)
                 return None
+            if self.cache:
+                self.cache.write(index, out)
+            return out, index
 
         return self.feeder.feed(self.indices, self.dataset.labels, sample)
 
@@ -193,18 +201,22 @@ class Feeder:
             reusable()
             part = indices[start : start + CHUNK]
             for position, wanted in enumerate(part.tolist(), start):
-                place = slot.pixels[position]
-                found = sample(wanted, place)
+                out = slot.pixels[position]
+                found = sample(wanted, out)
                 if found is None:
                     slot.label_values[position] = NOTHING
                     continue
                 picture, index = found
                 slot.label_values[position] = labels[index]
-                if picture is not place:
-                    # A grey picture is written to all three channels.
-                    np.copyto(place, picture if picture.ndim == 3 else picture[:, :, None])
+                if picture is not out:
+                    place(picture, out)
 
         return [self.pool.submit(fill, start) for start in range(0, len(indices), CHUNK)]
+
+
+def place(picture: Array, out: Array) -> None:
+    """Write a picture (S, S, 3), or a grey one (S, S) to all three channels."""
+    np.copyto(out, picture if picture.ndim == 3 else picture[:, :, None])
 
 
 def worker_threads(count: int) -> ThreadPoolExecutor:
