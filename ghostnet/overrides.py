@@ -40,9 +40,11 @@ def check_command(name: str, overrides: Sequence[str], multirun: bool) -> Checke
         parsed = [_parse(name, word) for word in overrides]
         if swept := [] if multirun else [o.input_line for o in parsed if o.is_sweep_override()]:
             words = " ".join(word.replace("hydra.run.dir=", "hydra.sweep.dir=") for word in overrides)
+            sweep = (
+                f"; to try each value in a job of its own:\n  python train.py -m {words}" if name == "train" else "."
+            )
             raise ConfigError(
-                f"{swept[0]}: several values. A list is written [a,b], a value with a comma is quoted; to try each "
-                f"value in a job of its own:\n  python train.py -m {words}"
+                f"{swept[0]}: several values. A list is written [a,b], a value with a comma is quoted{sweep}"
             )
         try:
             jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [list(overrides)]
@@ -85,7 +87,8 @@ def _parse(name: str, word: str) -> Override:
             quoted = value.strip("'\"").replace("'", "\\'")
             way_out = f"quote a value with special characters, \"{key.strip()}='{quoted}'\""
         else:
-            way_out = f"did you mean ckpt={word}?" if name == "evaluate" else f"give it a value, {word}=…"
+            meant = {"evaluate": "ckpt", "pack": "data.root"}.get(name)
+            way_out = f"did you mean {meant}={word}?" if meant else f"give it a value, {word}=…"
         raise ConfigError(f"{word!r} is not of the form key=value: {way_out}") from None
 
 

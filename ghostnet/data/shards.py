@@ -8,13 +8,13 @@ and while the disk is waited for it stops all Python threads, not only its own. 
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
 import resource
 import sys
-import tempfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ from ghostnet.errors import SampleError, UserError
 
 INDEX, CLASSES, STATE = "index.npz", "classes.json", "pack.json"
 NAMES = {"train": ("train",), "val": ("val", "validation", "valid")}
-AGAIN = "Copy it again, or pack it anew (python -m ghostnet.tools.pack)."
+AGAIN = "Copy it again, or remove the folder and pack it anew (python -m ghostnet.tools.pack)."
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,11 @@ class Index:
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all; OSError where that fails."""
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                labels, sizes = self.labels.astype(np.int32), np.array(self.sizes, np.int64)
-                mtimes = np.array(self.mtimes, np.int64)
-                np.savez(file, shards=np.array(self.shards), sizes=sizes, mtimes=mtimes, rows=self.rows, labels=labels)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        content = io.BytesIO()
+        columns = {"sizes": np.array(self.sizes, np.int64), "mtimes": np.array(self.mtimes, np.int64)}
+        arrays = {"shards": np.array(self.shards), "rows": self.rows, "labels": self.labels.astype(np.int32), **columns}
+        np.savez(content, allow_pickle=False, **arrays)
+        write_whole(path, content.getvalue())
 
     @staticmethod
     def load(path: Path) -> "Index":
@@ -88,8 +81,8 @@ class Shards:
     def __init__(self, split: Split, /, root: str | None) -> None:
         if not root:
             raise UserError(
-                "data.root is not set: give the folder that holds train/*.tar and val/*.tar, data.root=/data/shards. An "
-                "image folder becomes one by python -m ghostnet.tools.pack data.root=SRC out=DST"
+                "data.root is not set: give the folder that holds train/*.tar and val/*.tar, data.root=/data/shards. "
+                "An image folder becomes one by python -m ghostnet.tools.pack data.root=SRC out=DST"
             )
         base = Path(root).expanduser()
         self.folder, self.index = find(base, split)
@@ -128,6 +121,19 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all, and flush it to disk; OSError where that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class _File:
