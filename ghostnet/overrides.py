@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ghostnet.config import Config, check, flat, resolved, unresolved
+from ghostnet.config import OWN_SCHEMAS, Config, check, flat, resolved, unresolved
 from ghostnet.errors import ConfigError
 from ghostnet.schema import did_you_mean
 
@@ -104,7 +104,9 @@ def _check_job(name: str, overrides: Sequence[str]) -> tuple[Config, list[str]]:
     faulty = {word: fault for word in choices if _is_group(words[word]) and (fault := _group_fault(words[word]))}
     try:
         base = compose(name, overrides=[word for word in choices if word not in faulty])
-        faulty |= {word: fault for word, o in words.items() if word not in choices and (fault := _key_fault(base, o))}
+        faulty |= {
+            word: fault for word, o in words.items() if word not in choices and (fault := _key_fault(name, base, o))
+        }
         cfg = compose(name, overrides=[word for word in words if word not in faulty])
         if missing := OmegaConf.missing_keys(cfg):
             return {}, [*faulty.values(), *(f"{key}: must be given, {key}=…" for key in sorted(missing))]
@@ -148,7 +150,7 @@ def _group_fault(override: Override) -> str | None:
     return f"{group}={value}: no such option.{hint} There are: {', '.join(options(group))}."
 
 
-def _key_fault(base: DictConfig, override: Override) -> str | None:
+def _key_fault(name: str, base: DictConfig, override: Override) -> str | None:
     """Why a key can't be set: the config has none of that name; with the nearest that it has."""
     key = override.key_or_group
     parent, _, leaf = key.rpartition(".")
@@ -160,7 +162,8 @@ def _key_fault(base: DictConfig, override: Override) -> str | None:
     if isinstance(node, DictConfig) and parent:
         siblings = [str(k) for k in node if k != "_target_"]
         group, _, path = key.partition(".")
-        if homes := [f"{group}={option}" for option in options(group) if _has(group, option, path)]:
+        choices = [] if group in OWN_SCHEMAS.get(name, {}) else options(group)
+        if homes := [f"{group}={option}" for option in choices if _has(group, option, path)]:
             return f"{key}: not a key of the chosen {group}, but of {', '.join(homes)}."
         near = did_you_mean(leaf, siblings).replace("mean ", f"mean {parent}.")
         return f"{key}: no such key.{near} {parent} has: {', '.join(siblings) or 'no keys'}."

@@ -71,6 +71,8 @@ def begin(out: Path, sources: dict[str, ImageFolder], settings: Settings) -> dic
     wanted = {"data.root": str(root), **asdict(settings), "names": digest.hexdigest()}
     path = out / STATE
     try:
+        for left_by_killed in out.glob(".*.json.*.tmp"):
+            left_by_killed.unlink()
         if path.exists():
             return _same(out, json.loads(path.read_text()), wanted)
         if out.is_dir() and any(out.iterdir()):
