@@ -257,5 +257,5 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
     hint = did_you_mean(only_val[0], only_train) if only_val and only_train else ""
     raise UserError(
         f"The classes of train ({len(train.classes)}) and val ({len(val.classes)}) differ: {'; '.join(parts)}.{hint} "
-        "Both splits need the same class folders."
+        "Both splits need the same class folders; shards of others may name theirs in classes.txt."
     )
