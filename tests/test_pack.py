@@ -401,6 +401,17 @@ def test_a_broken_image_stops_it_with_its_path_and_is_left_out_where_asked(folde
     assert capsys.readouterr().out == printed
 
 
+def test_a_broken_image_whose_name_is_no_text_is_named_too(folder, tmp_path):
+    (folder / "train/cat/2.png").rename(folder / "train/cat" / os.fsdecode(b"\xff.png"))
+    done = run_pack(folder, tmp_path / "out")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "\\udcff.png can't be decoded" in done.stderr
+    done = run_pack(folder, tmp_path / "out", "on_error=skip")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "left out: " in done.stdout
+    assert "\\udcff.png" in done.stdout
+
+
 def test_a_split_without_a_readable_image_is_told(folder, tmp_path):
     for path in (folder / "train").rglob("*.png"):
         path.write_bytes(b"")

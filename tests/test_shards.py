@@ -524,6 +524,11 @@ def test_a_root_without_shards_is_told(case, message, tmp_path):
         Shards("train", case and str(tmp_path / case))
 
 
+def test_an_image_folder_that_is_one_of_shards_says_so(ours):
+    with pytest.raises(UserError, match=r"no images in train.* It has tar shards: data=shards reads those"):
+        ImageFolder("train", str(ours))
+
+
 # Threads
 
 

@@ -63,7 +63,8 @@ class ImageFolder:
             self.names += [f"{name}/{file}" for file in files]
             counts.append(len(files))
         if not self.names:
-            raise UserError(f"data.root={root} has no images in {split}. {looked_for}.")
+            shards = " It has tar shards: data=shards reads those." if any(folder.glob("*.tar")) else ""
+            raise UserError(f"data.root={root} has no images in {split}. {looked_for}.{shards}")
         empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
         if empty:
             raise UserError(

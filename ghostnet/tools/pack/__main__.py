@@ -6,6 +6,7 @@ data.root=DST trains on them. Interrupted, the same command goes on behind the l
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import signal
@@ -176,6 +177,8 @@ def main(words: list[str]) -> int:
         return 0
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if flags := [word for word in words if word.startswith("-")]:
             raise ConfigError(f"{flags[0]}: no such flag. Settings are given as key=value; --help lists them.")
