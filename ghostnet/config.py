@@ -14,6 +14,7 @@ from ghostnet.schema import (
     Parameter,
     Positive,
     PositiveInt,
+    Quality,
     faults,
     fields,
     signature,
@@ -61,6 +62,26 @@ class EvaluateConfig:
 
 
 @dataclass
+class PackConfig:
+    """The keys of conf/pack.yaml."""
+
+    data: Config
+    out: str
+    size: PositiveInt | None
+    quality: Quality
+    shard_mb: PositiveInt
+    on_error: Literal["raise", "skip"]
+    workers: PositiveInt | None
+
+
+@dataclass
+class SourceConfig:
+    """The keys of the folder that is packed."""
+
+    root: str
+
+
+@dataclass
 class ModelExtras:
     """The keys of a model group that are not its constructor's."""
 
@@ -104,8 +125,10 @@ class LoggerConfig:
     wandb: Config | None
 
 
-SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "pack": PackConfig}
 GROUP_SCHEMAS = {"data": DataConfig, "device": DeviceConfig, "logger": LoggerConfig}
+OWN_SCHEMAS = {"pack": {"data": SourceConfig}}
+"""Of nodes that are no groups in one primary config."""
 
 
 def build(node: Config, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (whatever _target_ makes)
@@ -179,11 +202,12 @@ def flat(node: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def check(name: str, config: Config) -> list[str]:
     """What is wrong with a resolved config, a line each."""
     found = faults(config, fields(SCHEMAS[name]), "")
+    schemas = GROUP_SCHEMAS | OWN_SCHEMAS.get(name, {})
     for group, node in config.items():
         if not isinstance(node, dict):
             continue
-        if group in GROUP_SCHEMAS:
-            found += faults(node, fields(GROUP_SCHEMAS[group]), f"{group}.")
+        if group in schemas:
+            found += faults(node, fields(schemas[group]), f"{group}.")
             for key, inner in node.items():
                 if isinstance(inner, dict):
                     found += _target_faults(inner, f"{group}.{key}.", {})

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ghostnet.config import Config, check, flat, resolved, unresolved
+from ghostnet.config import OWN_SCHEMAS, Config, check, flat, resolved, unresolved
 from ghostnet.errors import ConfigError
 from ghostnet.schema import did_you_mean
 
@@ -40,9 +40,11 @@ def check_command(name: str, overrides: Sequence[str], multirun: bool) -> Checke
         parsed = [_parse(name, word) for word in overrides]
         if swept := [] if multirun else [o.input_line for o in parsed if o.is_sweep_override()]:
             words = " ".join(word.replace("hydra.run.dir=", "hydra.sweep.dir=") for word in overrides)
+            sweep = (
+                f"; to try each value in a job of its own:\n  python train.py -m {words}" if name == "train" else "."
+            )
             raise ConfigError(
-                f"{swept[0]}: several values. A list is written [a,b], a value with a comma is quoted; to try each "
-                f"value in a job of its own:\n  python train.py -m {words}"
+                f"{swept[0]}: several values. A list is written [a,b], a value with a comma is quoted{sweep}"
             )
         try:
             jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [list(overrides)]
@@ -85,7 +87,8 @@ def _parse(name: str, word: str) -> Override:
             quoted = value.strip("'\"").replace("'", "\\'")
             way_out = f"quote a value with special characters, \"{key.strip()}='{quoted}'\""
         else:
-            way_out = f"did you mean ckpt={word}?" if name == "evaluate" else f"give it a value, {word}=…"
+            meant = {"evaluate": "ckpt", "pack": "data.root"}.get(name)
+            way_out = f"did you mean {meant}={word}?" if meant else f"give it a value, {word}=…"
         raise ConfigError(f"{word!r} is not of the form key=value: {way_out}") from None
 
 
@@ -101,7 +104,9 @@ def _check_job(name: str, overrides: Sequence[str]) -> tuple[Config, list[str]]:
     faulty = {word: fault for word in choices if _is_group(words[word]) and (fault := _group_fault(words[word]))}
     try:
         base = compose(name, overrides=[word for word in choices if word not in faulty])
-        faulty |= {word: fault for word, o in words.items() if word not in choices and (fault := _key_fault(base, o))}
+        faulty |= {
+            word: fault for word, o in words.items() if word not in choices and (fault := _key_fault(name, base, o))
+        }
         cfg = compose(name, overrides=[word for word in words if word not in faulty])
         if missing := OmegaConf.missing_keys(cfg):
             return {}, [*faulty.values(), *(f"{key}: must be given, {key}=…" for key in sorted(missing))]
@@ -145,7 +150,7 @@ def _group_fault(override: Override) -> str | None:
     return f"{group}={value}: no such option.{hint} There are: {', '.join(options(group))}."
 
 
-def _key_fault(base: DictConfig, override: Override) -> str | None:
+def _key_fault(name: str, base: DictConfig, override: Override) -> str | None:
     """Why a key can't be set: the config has none of that name; with the nearest that it has."""
     key = override.key_or_group
     parent, _, leaf = key.rpartition(".")
@@ -157,7 +162,8 @@ def _key_fault(base: DictConfig, override: Override) -> str | None:
     if isinstance(node, DictConfig) and parent:
         siblings = [str(k) for k in node if k != "_target_"]
         group, _, path = key.partition(".")
-        if homes := [f"{group}={option}" for option in options(group) if _has(group, option, path)]:
+        choices = [] if group in OWN_SCHEMAS.get(name, {}) else options(group)
+        if homes := [f"{group}={option}" for option in choices if _has(group, option, path)]:
             return f"{key}: not a key of the chosen {group}, but of {', '.join(homes)}."
         near = did_you_mean(leaf, siblings).replace("mean ", f"mean {parent}.")
         return f"{key}: no such key.{near} {parent} has: {', '.join(siblings) or 'no keys'}."

@@ -17,6 +17,7 @@ Positive = Annotated[float, "> 0"]
 NonNegative = Annotated[float, ">= 0"]
 PositiveInt = Annotated[int, ">= 1"]
 NonNegativeInt = Annotated[int, ">= 0"]
+Quality = Annotated[int, "in [1, 100]"]
 Probability = Annotated[float, "in [0, 1]"]
 Share = Annotated[float, "in (0, 1]"]
 Magnitude = Annotated[float, "in [0, 30]"]
@@ -26,6 +27,7 @@ _RANGES = {
     "> 0": lambda v: v > 0,
     ">= 0": lambda v: v >= 0,
     ">= 1": lambda v: v >= 1,
+    "in [1, 100]": lambda v: 1 <= v <= 100,
     "in [0, 1]": lambda v: 0 <= v <= 1,
     "in (0, 1]": lambda v: 0 < v <= 1,
     "in [0, 30]": lambda v: 0 <= v <= 30,

@@ -50,7 +50,8 @@ class ImageFolder:
         self.folder, self.files = folder, FileIndex(folder)
         self.classes, counts = self.files.classes, self.files.counts
         if not len(self.files):
-            raise UserError(f"data.root={root} has no images in {split}. {looked_for}.")
+            shards = " It has tar shards: data=shards reads those." if any(folder.glob("*.tar")) else ""
+            raise UserError(f"data.root={root} has no images in {split}. {looked_for}.{shards}")
         empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
         if empty:
             raise UserError(
@@ -272,5 +273,5 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
     hint = did_you_mean(only_val[0], only_train) if only_val and only_train else ""
     raise UserError(
         f"The classes of train ({len(train.classes)}) and val ({len(val.classes)}) differ: {'; '.join(parts)}.{hint} "
-        "Both splits need the same class folders."
+        "Both splits need the same class folders; shards of others may name theirs in classes.txt."
     )

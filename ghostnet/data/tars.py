@@ -1,0 +1,178 @@
+"""WebDataset shards of anyone, read by their headers alone: nothing is extracted, no name in them leads anywhere."""
+
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ghostnet.errors import UserError
+
+BLOCK = 512
+LONGEST_HEADER = 1 << 20
+"""Bytes of an extended header: names have at most some KB, so more is no honest file's."""
+LONGEST_LABEL = 1 << 20
+LARGEST_IMAGE = 1 << 30
+MOST_CLASSES = 1_000_000
+IMAGES = ("jpg", "jpeg", "png", "webp")
+ROW = np.dtype([("shard", np.uint32), ("offset", np.int64), ("length", np.uint32), ("crc", np.uint32)])
+"""Where an image lies: shard, first byte and bytes of its data, CRC-32 of its header or of its header and data."""
+Rows = np.ndarray[tuple[int, ...], np.dtype[np.void]]
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file within a tar."""
+
+    name: str
+    offset: int
+    """Of its data; the block before is its header."""
+    size: int
+    header: bytes
+
+
+@dataclass
+class _Sample:
+    """The members of one key so far."""
+
+    key: str
+    image: Member | None = None
+    label: Member | None = None
+
+
+def scan(path: Path) -> tuple[Rows, list[int]]:
+    """Where the images of a shard lie, and their labels, in the file's order; UserError for what is no whole shard."""
+    rows: list[tuple[int, int, int, int]] = []
+    labels: list[int] = []
+    try:
+        with path.open("rb", buffering=0) as file:
+            for image, label in _samples(path, file.fileno()):
+                rows.append((0, image.offset, image.size, zlib.crc32(image.header)))
+                labels.append(_label(path, file.fileno(), label))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    return np.array(rows, ROW), labels
+
+
+def _samples(path: Path, file: int) -> Iterator[tuple[Member, Member]]:
+    """The image and the label of each key; members of a key follow one another, as in every WebDataset."""
+    sample = _Sample("")
+    for member in members(path, file):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        suffix = suffix.lower()
+        if not stem or suffix not in (*IMAGES, "cls", "json") or re.match(r"__[^/]*__($|/)", member.name):
+            continue
+        if sample.key != f"{folder}/{stem}":
+            yield from _whole(path, sample)
+            sample = _Sample(f"{folder}/{stem}")
+        if suffix in IMAGES and sample.image:
+            raise UserError(f"{path}: {member.name} is a second image of its key. One image a key can be read.")
+        if suffix in IMAGES and member.size > LARGEST_IMAGE:
+            raise UserError(f"{path}: {member.name} claims {member.size:,} bytes, which no image has.")
+        if suffix in IMAGES:
+            sample.image = member
+        elif suffix == "cls" or sample.label is None:
+            sample.label = member
+    yield from _whole(path, sample)
+
+
+def _whole(path: Path, sample: _Sample) -> Iterator[tuple[Member, Member]]:
+    if sample.image and sample.label:
+        yield sample.image, sample.label
+    elif sample.image:
+        raise UserError(f"{path}: {sample.image.name} has no label beside it: give a .cls, or a .json with a label.")
+    elif sample.label and sample.label.name.lower().endswith(".cls"):
+        raise UserError(f"{path}: {sample.label.name} has no image beside it ({', '.join(IMAGES)}).")
+
+
+def _label(path: Path, file: int, member: Member) -> int:
+    """The class index in a .cls or .json member."""
+    text = os.pread(file, member.size, member.offset) if member.size <= LONGEST_LABEL else b""
+    try:
+        label = json.loads(text)["label"] if member.name.lower().endswith("json") else int(text)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        label = None
+    if type(label) is not int or not 0 <= label < MOST_CLASSES:
+        shown = text[:20].decode("utf-8", "replace").strip()
+        raise UserError(f"{path}: {member.name} holds no class index, a whole number ≥ 0, but {shown!r}.")
+    return label
+
+
+def members(path: Path, file: int) -> Iterator[Member]:
+    """The regular files of a tar; UserError where it is cut short, garbage, compressed, or claims absurd sizes."""
+    offset, end = 0, os.fstat(file).st_size
+    long_name: str | None = None
+    long_size: int | None = None
+    while True:
+        header = os.pread(file, BLOCK, offset)
+        if len(header) == BLOCK and not any(header):
+            return
+        info = _parse(path, header, offset)
+        start, size = offset + BLOCK, info.size if long_size is None else long_size
+        # A negative size would send a reader in circles.
+        if size < 0 or start + size > end:
+            raise _broken(path, f"its member at byte {offset:,} claims {size:,} bytes")
+        offset = start + (size + BLOCK - 1) // BLOCK * BLOCK
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+            if size > LONGEST_HEADER:
+                raise _broken(path, f"a name in it claims {size:,} bytes")
+            content = os.pread(file, size, start)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = _text(content.split(b"\0", 1)[0])
+            else:
+                long_name, long_size = _pax(path, content, long_name)
+            continue
+        if info.isreg():
+            if info.type == tarfile.GNUTYPE_SPARSE:
+                raise UserError(f"{path}: {info.name} is stored as a sparse file. Pack it again without --sparse.")
+            yield Member(long_name or info.name, start, size, header)
+        elif info.islnk() or info.issym():
+            raise UserError(f"{path}: {info.name} is a link. Pack it again with what it points to (tar -h).")
+        if info.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            long_name = long_size = None
+
+
+def _parse(path: Path, header: bytes, offset: int) -> tarfile.TarInfo:
+    """The fields of one header block."""
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        pass
+    if offset == 0 and header.startswith(COMPRESSED):
+        raise UserError(f"{path} is compressed, and so can't be read at random. Unpack it to a plain .tar.")
+    if len(header) < BLOCK:
+        raise _broken(path, f"it ends at byte {offset + len(header):,} without a tar's end mark")
+    raise _broken(path, f"no tar header at byte {offset:,}")
+
+
+def _pax(path: Path, content: bytes, name: str | None) -> tuple[str | None, int | None]:
+    """Name and size that the records 'LENGTH KEY=VALUE' of a pax header give."""
+    size = None
+    while content.strip(b"\0"):
+        length, space, _ = content.partition(b" ")
+        if not (space and length.isdigit() and len(length) < 8 and len(length) + 1 < int(length) <= len(content)):
+            raise _broken(path, "a pax header in it can't be read")
+        key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        content = content[int(length) :]
+        if key.startswith(b"GNU.sparse"):
+            raise UserError(f"{path} holds a sparse file. Pack it again without --sparse.")
+        if key == b"path":
+            name = _text(value)
+        if key == b"size":
+            size = int(value) if value.isdigit() and len(value) < 20 else -1
+    return name, size
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _broken(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is cut short or no tar file: {what}. Copy or download it again.")

@@ -1,0 +1,1 @@
+"""An image folder becomes tar shards that any WebDataset reader opens."""
