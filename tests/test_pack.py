@@ -195,7 +195,7 @@ def test_the_shorter_side_is_shrunk_as_the_evaluation_does(size, expected, tmp_p
         assert result.size == expected
         preprocessing = Preprocessing(224, 0.875, [0.5] * 3, [0.5] * 3, "bicubic")
         difference = preprocessing(Pixels(np.array(result))).astype(int)
-            difference -= preprocessing(Pixels(np.array(PICTURE.resize(size))))
+        difference -= preprocessing(Pixels(np.array(PICTURE.resize(size))))
     assert np.abs(difference).mean() < 3
 
 
