@@ -1,5 +1,6 @@
 """Preprocessing and augmentation against torchvision's, mixing against a plain loop over samples."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -268,12 +269,25 @@ def test_colour_jitter_applies_torchvisions_adjustments_in_the_drawn_order(stren
     for order in ([0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]):
         factors = [low, (low + high) / 2 + 0.1, high]
         script = Script(order, factors)
-        ours = jitter(image, strength, script)
+        ours = np.array(image)
+        jitter(ours, strength, script)
         expected = image
         for index, factor in zip(order, factors, strict=True):
             expected = adjust[index](expected, factor)
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+        np.testing.assert_array_equal(ours, np.asarray(expected))
         assert script.asked == [(low, high)] * 3
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.5])
+def test_colour_jitter_of_photos_and_grey_pictures_has_the_pixels_of_torchvision_too(strength, photo):
+    for seed, mode in itertools.product(range(40), ("RGB", "L")):
+        image = photo.convert(mode).crop((seed, seed, 160 + seed, 120))
+        ours, rng = np.array(image), random.Random(seed)
+        jitter(ours, strength, random.Random(seed))
+        adjust = [TF.adjust_brightness, TF.adjust_contrast] + ([TF.adjust_saturation] if mode == "RGB" else [])
+        for function in rng.sample(adjust, len(adjust)):
+            image = function(image, rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        np.testing.assert_array_equal(ours, np.asarray(image))
 
 
 TORCHVISION = {"autocontrast": "AutoContrast"} | {
