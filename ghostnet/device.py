@@ -329,6 +329,11 @@ def images_at_once(device: torch.device, pixels: int) -> int:
     return max(1, torch.get_num_threads() * PIXELS_PER_THREAD // pixels) if device.type == "cpu" else 1 << 20
 
 
+def lacks_kernels(device: torch.device) -> bool:
+    """Whether PyTorch is slow at BatchNorm of few channels and at half-precision gradients of strided convolutions."""
+    return device.type == "cpu"
+
+
 def pinned(device: torch.device) -> bool:
     """Whether host buffers should be pinned: only beside a card, where no card is visible pinning raises."""
     return device.type != "cpu"
