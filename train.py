@@ -312,7 +312,8 @@ def _evaluate(
         console.evaluating(done, total)
 
     with state.agreed():
-        result = engine.evaluate(state.model, state.amp, loader, stop, on_batch)
+        model = state.amp.for_evaluation(state.model, state.device)
+        result = engine.evaluate(model, state.amp, loader, stop, on_batch)
         row: dict[str, Any] = {"step": state.step, "epoch": epoch, "time": time.time(), "eval/loss": result.loss}
         row |= {"eval/top1": result.top1, "eval/top5": result.top5, "eval/fps": result.fps}
         if state.ema:

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from ghostnet.device import apex_options, check_bf16, grad_scaler, half_dtype
 from ghostnet.errors import UserError
+from ghostnet.models.fold import folded
+from ghostnet.models.ghostnet import GhostNet
 from ghostnet.schema import Positive
 
 MakeOptimizer = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
@@ -109,8 +111,11 @@ class Amp:
         model.load_state_dict(state)
 
     def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """An fp32 module on the device, such as the moving average, in the form that forward() takes."""
-        return module
+        """A copy of the model, or of its fp32 average, that forward() takes in evaluation, BatchNorm folded away.
+
+        A model that isn't GhostNet is left as it is.
+        """
+        return folded(module) if isinstance(module, GhostNet) else module
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the loss scale."""
@@ -136,9 +141,12 @@ class Bf16(Amp):
         return super().initialize(model, make_optimizer, device)
 
     def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """The module itself; UserError on a card without bfloat16."""
+        """Folded, in half precision once and for all; UserError on a card without bfloat16."""
         check_bf16(device)
-        return module
+        return self._folded(module)
+
+    def _folded(self, module: nn.Module) -> nn.Module:
+        return folded(module).to(self.dtype) if isinstance(module, GhostNet) else module
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Fp32 logits (N, C), computed under autocast."""
@@ -163,8 +171,8 @@ class Fp16(Bf16):
         return Amp.initialize(self, model, make_optimizer, device)
 
     def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """The module itself."""
-        return module
+        """Folded, in half precision once and for all."""
+        return self._folded(module)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of loss × scale."""
@@ -253,9 +261,9 @@ class O2(Amp):
             master.copy_(state[name])
 
     def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """A half-precision copy."""
+        """A half-precision copy, folded where it is GhostNet."""
         self.dtype = half_dtype(device)
-        return self._to_half(copy.deepcopy(module))
+        return self._to_half(folded(module) if isinstance(module, GhostNet) else copy.deepcopy(module))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a dynamic loss scale."""
@@ -335,6 +343,10 @@ class Apex(Amp):
         model.load_state_dict(state)
         for name, master in self._masters():
             master.copy_(state[name])
+
+    def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module itself: apex has changed how its forward is called."""
+        return module
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scalers of apex."""

@@ -1,6 +1,7 @@
 """The only room that knows npu, cuda and cpu apart."""
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -36,6 +37,12 @@ ENVIRONMENT = {
     }
 }
 """Defaults of each kind's libraries; what the user's environment says goes first."""
+
+PIXELS_PER_THREAD = 4 * 224 * 224
+"""Whose widest layers stay in a core's share of the caches."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of glibc's malloc.h."""
 
 PCI = Path("/sys/bus/pci/devices")
 HUAWEI, ACCELERATOR = "0x19e5", "0x1200"
@@ -139,6 +146,7 @@ def resolve(kind: str, index: int = 0) -> torch.device:
     if kind == "cpu":
         # Denormal numbers, common in late training, take the slow path of the processor.
         torch.set_flush_denormal(True)
+        keep_memory()
         return torch.device("cpu")
     set_environment(kind)
     module = _module(kind)
@@ -148,6 +156,18 @@ def resolve(kind: str, index: int = 0) -> torch.device:
         torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
         torch.npu.config.allow_internal_format = False  # type: ignore[attr-defined]
     return torch.device(kind, index)
+
+
+def keep_memory() -> bool:
+    """Have the C library keep what tensors free, where it is glibc and the user's environment doesn't tune it.
+
+    It would give each tensor of 32 MiB or more back at once, and fetch, fault in and clear its pages anew in every
+    step: half of a training step's time and more.
+    """
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or "MALLOC_MMAP_MAX_" in os.environ:
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def _module(kind: str) -> Any:  # noqa: ANN401 (a module that torch_npu adds to torch at run time)
@@ -303,6 +323,16 @@ def apex_options(device: torch.device) -> dict[str, Any]:
 def memory_format(device: torch.device) -> torch.memory_format:
     """channels_last where its kernels win (CPU, CUDA), contiguous on NPUs."""
     return torch.contiguous_format if device.type == "npu" else torch.channels_last
+
+
+def images_at_once(device: torch.device, pixels: int) -> int:
+    """How many images of so many pixels a forward pass of evaluation takes: on the CPU, what its caches hold."""
+    return max(1, torch.get_num_threads() * PIXELS_PER_THREAD // pixels) if device.type == "cpu" else 1 << 20
+
+
+def lacks_kernels(device: torch.device) -> bool:
+    """Whether PyTorch is slow at BatchNorm of few channels and at half-precision gradients of strided convolutions."""
+    return device.type == "cpu"
 
 
 def pinned(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ghostnet.amp import Amp
 from ghostnet.data.loader import EvalLoader, TrainLoader
 from ghostnet.data.transforms import Mix, Mixed, Preprocessing
-from ghostnet.device import mark, memory_format
+from ghostnet.device import images_at_once, mark, memory_format
 from ghostnet.distributed import ALONE, Ranks, local_gradients
 from ghostnet.ema import Ema
 from ghostnet.errors import SampleError, UserError
@@ -268,8 +268,11 @@ def evaluate(
         if batch is None or not len(batch[1]):
             continue  # another rank has one more, or none of its pictures could be read
         images, labels = batch
-        images = loader.preprocessing.normalize(images).contiguous(memory_format=memory_format(device))
-        logits = amp.forward(model, images)
+        parts: list[Tensor] = []
+        for part in torch.split(images, images_at_once(device, images[0, ..., 0].numel())):
+            part = loader.preprocessing.normalize(part).contiguous(memory_format=memory_format(device))
+            parts.append(amp.forward(model, part))
+        logits = torch.cat(parts)
         counts += hits(logits, labels)
         losses.append(F.cross_entropy(logits, labels, reduction="none"))
         on_batch(len(labels))

@@ -361,10 +361,17 @@ def test_o2_evaluates_the_average_in_half_precision_and_leaves_it_in_fp32():
     average, amp = ghostnet().eval(), O2(128.0)
     before = copy.deepcopy(average.state_dict())
     module = amp.for_evaluation(average, CPU)
-    assert module.classifier.weight.dtype == torch.bfloat16
-    assert module.bn1.weight.dtype == torch.float32
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
     assert_same_bits(average.state_dict(), before)
     assert_same_bits(module.classifier.weight, average.classifier.weight.bfloat16())
+
+
+@pytest.mark.parametrize("name", AMPS)
+def test_a_model_that_is_not_ghostnet_is_evaluated_with_its_batchnorm(name):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    amp = AMPS[name]()
+    logits = amp.forward(amp.for_evaluation(model, CPU), IMAGES[0])
+    torch.testing.assert_close(logits, model(IMAGES[0]), rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("make", [Bf16, lambda: Fp16("dynamic")], ids=["bf16", "fp16"])

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import platform
+import subprocess
 import sys
 import time
 from importlib.machinery import ModuleSpec
@@ -119,6 +121,22 @@ def test_cards_that_are_not_there_are_refused_by_number(machine):
         device.check_cards("cuda", 3, None)
     with pytest.raises(UserError, match=r"device\.ids=\[0, 5\]: cuda card 5 is not there"):
         device.check_cards("cuda", 2, [0, 5])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize(("user", "kept"), [({}, True), ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, False)])
+def test_on_the_cpu_the_pages_of_freed_tensors_are_used_again_unless_the_user_tunes_the_c_library(user, kept):
+    program = """
+import resource, torch
+from ghostnet.device import resolve
+resolve("cpu")
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], env=os.environ | user, capture_output=True, check=True)
+    assert (int(ran.stdout) < 50) is kept
 
 
 def test_the_cpu_flushes_denormal_numbers_to_zero(machine):

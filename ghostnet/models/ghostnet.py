@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghostnet.models.layers import Bottleneck, round_channels
+from ghostnet.models.layers import BatchNorm, Bottleneck, round_channels
 from ghostnet.schema import Fraction, Positive, PositiveInt
 
 # Table 1 of the paper at width 1.0, one line per stage and as many stages as the published names count.
@@ -51,7 +51,7 @@ class GhostNet(nn.Module):
 
         channels = round_channels(STEM_CHANNELS * width)
         self.conv_stem = nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm(channels)
         stages = []
         for rows in STAGES:
             stage = nn.Sequential()
@@ -63,7 +63,7 @@ class GhostNet(nn.Module):
                 stage.append(block)
             stages.append(stage)
         last = round_channels(LAST_CHANNELS * width)
-        conv, norm = nn.Conv2d(channels, last, 1, bias=False), nn.BatchNorm2d(last)
+        conv, norm = nn.Conv2d(channels, last, 1, bias=False), BatchNorm(last)
         stages.append(nn.Sequential(nn.Sequential(OrderedDict(conv=conv, bn1=norm, act=nn.ReLU(inplace=True)))))
         self.blocks = nn.Sequential(*stages)
         self.conv_head = nn.Conv2d(last, HEAD_CHANNELS, 1)
