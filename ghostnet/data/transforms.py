@@ -173,7 +173,7 @@ class Augment:
 def jitter(pixels: Array, strength: float, rng: random.Random) -> None:
     """Brightness, contrast and saturation, each times a factor in 1 ± strength, in random order, in place.
 
-    (H, W, 3), or grey (H, W), which has no saturation. Pillow's arithmetic to the last bit, at less than half of its time.
+    (H, W, 3), or grey (H, W), which has no saturation. Pillow's arithmetic to the last bit, in less than half the time.
     """
     picture = torch.from_numpy(pixels).view(-1, 1 if pixels.ndim == 2 else 3)
     planes = picture.t().to(torch.float32, memory_format=torch.contiguous_format)  # (channels, pixels)
