@@ -17,7 +17,7 @@ fast ours is, CPU seconds and the peak of memory of the process and all that it 
   report=FILE.html      draws them, on a page that needs nothing else
   seconds=10            loader, step: how long each is measured in a round, after a warm-up
   images=N              evaluate, train: about so many of each split, the same number of each class
-  ckpt=FILE|RUN         evaluate: whose weights; random ones unless told
+  ckpt=FILE|RUN         evaluate: whose weights; random ones unless told, whose accuracy says nothing
   timm=FILE             train, start: the train.py of a clone of timm; unless told, what this tool has written like it
   counts=1,2,4          scale: numbers of devices
 
@@ -112,6 +112,8 @@ def tell(text: str, end: str = "\n") -> None:
 
 def run(typed: list[str]) -> None:
     """Check, measure, print, write; UserError with one message."""
+    from ghostnet.loggers import jsonable
+
     case = door.check(typed)
     with tempfile.TemporaryDirectory(prefix="benchmark") as name:
         place = Path(name)
@@ -125,7 +127,7 @@ def run(typed: list[str]) -> None:
     result = results.collect(head, subjects, measured, left_out)
     results.show(result)
     if case.own.json:
-        case.own.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        case.own.json.write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n")
     if case.own.report:
         case.own.report.write_text(report.page(result), encoding="utf-8")
 

@@ -152,6 +152,6 @@ def _completed(benchmark: str, words: list[str]) -> list[str]:
     """The words with what the benchmark wants: synthetic data, the quickstart."""
     if benchmark in ("step", "scale"):
         return [*(word for word in words if not word.startswith(("data=", "data.root="))), "data=synthetic"]
-    if benchmark == "start" and not words:
-        return ["experiment=quickstart"]
+    if benchmark == "start" and not any(word.startswith(("experiment=", "data=", "data.root=")) for word in words):
+        return ["experiment=quickstart", *words]
     return words

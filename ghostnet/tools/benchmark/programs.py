@@ -18,8 +18,8 @@ def evaluate(
     cfg: dict[str, Any], words: list[str], ckpt: str | None, images: int | None, peers: bool, place: Path
 ) -> list[Subject]:
     """evaluate.py, and timm's validate.py with the same weights."""
-    root = data.folder(cfg, images, place / "data")
     weights = _Weights(cfg, words, ckpt, place)
+    root = data.folder(weights.cfg, images, place / "data")
     own = [*words, f"ckpt={weights.ckpt}", *([f"data.root={root}"] if images else []), *weights.words]
     count = sum(1 for path in (root / "val").glob("*/*") if not path.name.startswith("."))
 
@@ -77,7 +77,7 @@ class _Weights:
 
 
 def _random(cfg: dict[str, Any], path: Path) -> int:
-    """Write random weights that tell pictures apart -> their number of classes."""
+    """Write random weights whose BatchNorm has seen some of the pictures -> their number of classes."""
     import torch
 
     from ghostnet.config import build, build_model

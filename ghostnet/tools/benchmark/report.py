@@ -35,6 +35,7 @@ def page(result: Result) -> str:
         _chart(result, what, f"{result['unit']} ({unit})", number),
         _chart(result, "cpu_seconds", f"{per} (less is better)", number),
         _chart(result, "memory", "peak memory (less is better)", gib),
+        _chart(result, "card_memory", "peak memory on the card (less is better)", gib),
     ]
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(result["benchmark"])}'
