@@ -89,7 +89,11 @@ def _is_own(benchmark: str, key: str) -> bool:
     if homes := [name for name, words in OWN.items() if key in words]:
         raise ConfigError(f"{key}=…: not a word of benchmark {benchmark}, but of {', '.join(homes)}.")
     known = [*(field.name for field in fields(TrainConfig)), *groups()]
-    if key not in known and not did_you_mean(key, known) and (near := did_you_mean(key, here)):
+    if (
+        not {key.partition(".")[0], key} & set(known)
+        and not did_you_mean(key, known)
+        and (near := did_you_mean(key, here))
+    ):
         raise ConfigError(f"{key}: no such word.{near}")
     return False
 
