@@ -1,0 +1,1 @@
+"""How fast is it, and what do others take for the same work: python -m ghostnet.tools.benchmark."""
