@@ -31,7 +31,7 @@ def folder(cfg: dict[str, Any], images: int | None, place: Path) -> Path:
         return Path(cfg["data"]["root"]).expanduser().resolve()
     for split, dataset in sets.items():
         each, taken = max(1, images // len(dataset.classes)), dict.fromkeys(dataset.classes, 0)
-        for name in dataset.names:
+        for name in dataset.files:
             parent = name.partition("/")[0]
             taken[parent] += 1
             if taken[parent] <= each:

@@ -99,7 +99,7 @@ def _torchvision_folder(spec: dict[str, Any]) -> Any:  # noqa: ANN401 (a torchvi
     from torchvision.datasets import ImageFolder
     from torchvision.io import ImageReadMode, decode_image
 
-    from ghostnet.data.datasets import EXTENSIONS
+    from ghostnet.data.index import EXTENSIONS
 
     dataset = ImageFolder(
         Path(spec["root"]) / "train",

@@ -89,7 +89,7 @@ def read_all_formats() -> None:
     """Have timm take the files that our ImageFolder takes."""
     from timm.data.readers import set_img_extensions
 
-    from ghostnet.data.datasets import EXTENSIONS
+    from ghostnet.data.index import EXTENSIONS
 
     set_img_extensions(EXTENSIONS)
 
