@@ -28,11 +28,14 @@ whole command). Memory is looked at four times a second; pages that processes sh
 
 import json
 import shlex
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from ghostnet.config import Config
 from ghostnet.errors import explain
@@ -151,5 +154,12 @@ def main(typed: list[str]) -> int:
     return 0
 
 
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    """End what is measured, too, where this is asked to end."""
+    tell(f"{signal.Signals(signum).name}: stopped, nothing was written.")
+    raise SystemExit(128 + signum)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main(sys.argv[1:]))
