@@ -23,7 +23,8 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise, and follow the statistics in train mode."""
         narrow = x.shape[1] < NARROW and x.shape[3] > 1 and x.is_contiguous(memory_format=torch.channels_last)
-        if not (self.training and narrow and lacks_kernels(x.device)) or torch.compiler.is_compiling():
+        by_rows = self.training and narrow and self.momentum is not None and lacks_kernels(x.device)
+        if not by_rows or torch.compiler.is_compiling():
             return super().forward(x)
         assert self.num_batches_tracked is not None
         assert self.running_mean is not None
