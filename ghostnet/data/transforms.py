@@ -86,17 +86,19 @@ class Preprocessing:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Uint8 (N, S, S, 3) on any device -> normalised fp32 (N, 3, S, S); channels_last in memory."""
-        mean, std = _constants(tuple(self.mean), tuple(self.std), images.device)
-        return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+        mean, std = _constants(tuple(self.mean), tuple(self.std), images.shape[2], images.device)
+        rows = images.flatten(2).float().sub_(mean).div_(std)  # by rows of pixels: single ones take four times as long
+        return rows.view(images.shape).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=8)
-def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation on the 0..255 scale, (3, 1, 1), copied to a device once."""
-    shape = (3, 1, 1)
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on the 0..255 scale of a row of pixels, (3 · width,), copied to a device once."""
     return (
-        torch.tensor([255 * v for v in mean], device=device).view(shape),
-        torch.tensor([255 * v for v in std], device=device).view(shape),
+        torch.tensor([255 * v for v in mean] * width, device=device),
+        torch.tensor([255 * v for v in std] * width, device=device),
     )
 
 
