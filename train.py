@@ -136,6 +136,13 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
                 shutil.copy2(path.parent / name, folder / name)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
 
+    # Compile
+    compile_seconds = None
+    if cfg["compile"]:
+        console.say("compile torch.compile makes the step: minutes where it is new, seconds where its cache has it")
+        compile_seconds = engine.compile_step(state, recipe, data["batch_size"], data["image_size"])
+        console.say(f"compile {compile_seconds:.1f} s")
+
     # Loggers
     loggers = [console, JsonLines(), *([build(cfg["logger"]["wandb"])] if cfg["logger"]["wandb"] else [])]
     loggers = loggers if ranks.is_main else []
@@ -229,6 +236,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
             "skipped_train": len(set().union(*ranks.gather(set(train_loader.skipped.faults)))),
             "skipped_val": len(set().union(*ranks.gather(set(eval_loader.skipped.faults)))),
             "memory": ranks.gather(peak_memory(device)),
+            "compile_seconds": compile_seconds,
             "seconds": earlier + time.monotonic() - started,
             "command": job.command,
         }

@@ -47,6 +47,8 @@ class TrainConfig:
     sync_bn: bool
     dist_bn: Literal["reduce", "broadcast"]
     baseline: str | None
+    compile: bool = False
+    """Runs of version 0.2 had it not."""
 
 
 @dataclass
@@ -224,6 +226,10 @@ def check(name: str, config: Config) -> list[str]:
         found.append(f"device.ids={ids}: names {len(ids)} cards, but device.count is {count}.")
     elif isinstance(ids, list) and len(set(ids)) < len(ids):
         found.append(f"device.ids={ids}: names a card twice.")
+    if values.get("compile") is True and str(values.get("amp._target_")).endswith(".Apex"):
+        found.append(
+            "compile=true: apex changes the model in a way that can't be compiled. Give amp=o2, which is alike."
+        )
     if values.get("sync_bn") is True and values.get("device.kind") == "cpu":
         found.append("sync_bn=true: torch's SyncBatchNorm needs cards. Give sync_bn=false, or a device with cards.")
     return found

@@ -187,6 +187,14 @@ def describe(device: torch.device) -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def choices(device: torch.device) -> str:
+    """What was chosen for the device's sake, in words."""
+    words = [str(memory_format(device)).removeprefix("torch.")]
+    if device.type == "cpu":
+        words.append("freed memory kept" if keep_memory() else "memory settings as they were")
+    return ", ".join(words)
+
+
 def cpus() -> set[int]:
     """The CPUs this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

@@ -26,6 +26,7 @@ from ghostnet.device import (
     Kind,
     Mark,
     cards,
+    choices,
     choose,
     cpus,
     cpus_near,
@@ -297,4 +298,8 @@ def settle(ranks: Ranks, kind: Kind, ids: list[int] | None) -> tuple[Ranks, torc
     device = resolve(chosen, ranks.card(ids, cards(chosen)))
     ranks = ranks.on(device)
     many = f"; {ranks}, {pin(ranks, device)}" if ranks.world_size > 1 else ""
-    return ranks, device, f"{device}: {describe(device)}{many}{f' ({why})' if kind == 'auto' else ''}"
+    return (
+        ranks,
+        device,
+        f"{device}: {describe(device)}, {choices(device)}{many}{f' ({why})' if kind == 'auto' else ''}",
+    )

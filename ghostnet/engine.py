@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ghostnet.amp import Amp
 from ghostnet.data.loader import EvalLoader, TrainLoader
 from ghostnet.data.transforms import Mix, Mixed, Preprocessing
-from ghostnet.device import images_at_once, mark, memory_format
+from ghostnet.device import images_at_once, mark, memory_format, synchronize
 from ghostnet.distributed import ALONE, Ranks, local_gradients
 from ghostnet.ema import Ema
 from ghostnet.errors import SampleError, UserError
@@ -229,6 +229,43 @@ def _update(
     state.amp.step(state.optimizer, recipe.clip_grad_norm)
     state.meter.add(total, state.step + 1)
     return waits, reductions
+
+
+def compile_step(state: TrainState, recipe: Recipe, batch_size: int, image_size: int) -> float:
+    """Have torch.compile make the passes of a step, and run them once -> seconds; the state stays as it was.
+
+    UserError where they can't be compiled.
+    """
+    before = time.monotonic()
+    torch.compiler.reset()  # of earlier jobs: past a number of models it would silently compile no more
+    state.parallel.compile()
+    state.parallel.train()
+    kept = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    pixels = torch.zeros(batch_size, image_size, image_size, 3, dtype=torch.uint8, device=state.device)
+    images = recipe.preprocessing.normalize(pixels).contiguous(memory_format=memory_format(state.device))
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=state.device)
+    try:
+        for part in range(min(2, recipe.accumulate)):
+            with local_gradients(state.parallel) if part else contextlib.nullcontext():
+                cross_entropy(state.amp.forward(state.parallel, images), labels, None, 0.0).backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"compile=true: torch.compile can't make the step on {state.device.type}: {_reason(error)}. It needs a C++ "
+            "compiler such as g++ for CPUs, Triton for cards. Without it: compile=false"
+        ) from None
+    state.model.zero_grad()
+    for buffer, value in kept:
+        buffer.copy_(value)
+    synchronize(state.device)
+    return time.monotonic() - before
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something of an error of torch.compile."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line.rstrip(".:") for line in lines if line), type(error).__name__)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, mixed: Mixed | None, smoothing: float) -> Tensor:

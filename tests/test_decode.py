@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from ghostnet.data.decode import Jpeg, coarser, picture, shrinkage
+from ghostnet.data.decode import Jpeg, coarser, height_of_rows, picture, shrinkage
 from ghostnet.data.transforms import resample
 from ghostnet.errors import UserError
 from tests.conftest import REPOSITORY
@@ -262,6 +263,32 @@ def test_boxes_of_any_photo_are_as_large_as_they_must_be():
         pixels = picture(data, "x").cut(box, least)
         for side, wanted, whole in zip(pixels.shape[::-1], least, (box[2] - left, box[3] - top), strict=True):
             assert min(wanted, whole) <= side <= whole
+
+
+@pytest.mark.parametrize("options", [{"subsampling": n} for n in range(3)] + [{"progressive": True}], ids=str)
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_rows_below_a_box_change_nothing_in_it(factor, options, photo):
+    data, rng = as_jpeg(photo, **options), random.Random(factor)
+    width, height = photo.size
+    whole = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
+    for bottom in rng.sample(range(8 * factor, height + 1), 40):
+        least = width // factor, 8
+        box = 0, bottom - 8 * factor, width, bottom
+        left, top, right, end = coarser(box, factor)
+        np.testing.assert_array_equal(picture(data, "x").cut(box, least), whole[top:end, left:right])
+
+
+def test_only_pictures_whose_rows_follow_each_other_once_are_read_to_a_part(photo):
+    data = as_jpeg(photo)
+    at = height_of_rows(data)
+    assert int.from_bytes(data[at : at + 2], "big") == photo.height
+    assert height_of_rows(as_jpeg(photo, progressive=True)) is None
+    scan = data.index(b"\xff\xda")
+    a_scan_for_each_colour = data[: scan + 4] + b"\x01" + data[scan + 5 :]
+    assert height_of_rows(a_scan_for_each_colour) is None
+    assert all(height_of_rows(data[:end]) is None for end in (0, 1, 2, 3, 10, at, scan, scan + 4, len(data) - 1))
+    with pytest.raises(UserError, match="can't be decoded"):
+        picture(data[:-9000], "x").cut((0, 0, 100, 100))
 
 
 ODD = {

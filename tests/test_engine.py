@@ -159,6 +159,27 @@ def test_two_epochs_are_a_plain_loop_bit_for_bit(feeder, optimizer, accumulate, 
     assert not torch.equal(model.bn1.weight, ghostnet().bn1.weight)
 
 
+def test_a_compiled_step_trains_like_an_eager_one_and_compiling_it_changes_nothing(feeder):
+    train_loader, eval_loader = loaders(feeder)
+    eager, compiled = begin(ghostnet(dropout=0.0)), begin(ghostnet(dropout=0.0))
+    fresh = copy.deepcopy(compiled.state_dict())
+    calls = torch._dynamo.utils.counters["stats"]
+    assert engine.compile_step(compiled, recipe(), train_loader.batch_size, 32) > 0
+    assert calls["unique_graphs"] > 0
+    assert_same_bits(compiled.state_dict(), fresh)
+    assert all(parameter.grad is None for parameter in compiled.model.parameters())
+    made = calls["unique_graphs"]
+    for state in (eager, compiled):
+        assert list(engine.train(state, train_loader, recipe(), NEVER)) == [1, 2, 3, 4, 5]
+    assert calls["unique_graphs"] == made  # the steps are what was compiled before them
+    torch.testing.assert_close(compiled.model.state_dict(), eager.model.state_dict(), rtol=1e-3, atol=1e-4)
+    found = [
+        engine.evaluate(state.amp.for_evaluation(state.model, CPU), state.amp, eval_loader, NEVER).loss
+        for state in (eager, compiled)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_two_accumulated_batches_are_one_of_twice_the_size_where_there_is_no_batchnorm(feeder, optimizer):
     class Net(nn.Module):

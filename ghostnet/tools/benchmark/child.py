@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def device_of(cfg: dict[str, Any]) -> "torch.device":
-    """The device of a config, set up."""
+def device_of(cfg: dict[str, Any], tuned: bool = True) -> "torch.device":
+    """The device of a config, set up as our programs do; not tuned: as it is, for the programs of others."""
+    import torch
+
     from ghostnet.device import choose, resolve
 
     kind, _ = choose(cfg["device"]["kind"])
+    if not tuned and kind == "cpu":
+        return torch.device(kind)
     return resolve(kind, (cfg["device"]["ids"] or [0])[0])
 
 

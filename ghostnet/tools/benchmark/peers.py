@@ -53,7 +53,7 @@ def timm(spec: dict[str, Any]) -> Metrics:
     from timm.data import create_dataset, create_loader
 
     cfg, data = spec["cfg"], spec["cfg"]["data"]
-    device, augment, preprocessing = device_of(cfg), data["augment"], data["preprocessing"]
+    device, augment, preprocessing = device_of(cfg, tuned=False), data["augment"], data["preprocessing"]
     read_all_formats()
     dataset = create_dataset("", root=spec["root"], split="train", is_training=True)
     dataset.reader.samples *= math.ceil(LONG / len(dataset.reader.samples))
@@ -82,7 +82,7 @@ def torchvision(spec: dict[str, Any]) -> Metrics:
     """The decoder of torchvision, its v2 transforms on tensors, torch's DataLoader."""
     from torch.utils.data import DataLoader
 
-    data, device = spec["cfg"]["data"], device_of(spec["cfg"])
+    data, device = spec["cfg"]["data"], device_of(spec["cfg"], tuned=False)
     loader = DataLoader(
         _torchvision_folder(spec),
         data["batch_size"],
@@ -136,7 +136,7 @@ def webdataset(spec: dict[str, Any]) -> Metrics:
     import webdataset as wds
     from torchvision.transforms import v2
 
-    data, device = spec["cfg"]["data"], device_of(spec["cfg"])
+    data, device = spec["cfg"]["data"], device_of(spec["cfg"], tuned=False)
     shards = sorted(map(str, (Path(spec["root"]).expanduser() / "train").glob("*.tar")))
     shards *= math.ceil(spec["workers"] / len(shards))  # each process wants one at least
     transform = v2.Compose([v2.ToImage(), _v2(data)])
@@ -152,7 +152,7 @@ def spdl(spec: dict[str, Any]) -> Metrics:
     from spdl.pipeline import PipelineBuilder
 
     torch.set_num_threads(1)  # each of its threads would bring a team of its own
-    data, device, threads = spec["cfg"]["data"], device_of(spec["cfg"]), spec["workers"]
+    data, device, threads = spec["cfg"]["data"], device_of(spec["cfg"], tuned=False), spec["workers"]
     dataset = _torchvision_folder(spec)
 
     def stacked(items: list[Any]) -> list[Any]:

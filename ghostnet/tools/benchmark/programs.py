@@ -149,7 +149,7 @@ def _timm_words(cfg: dict[str, Any], root: Path, num_classes: int, first: bool) 
 
     node, given = cfg["data"], cfg["data"]["preprocessing"]
     amp = cfg["amp"]["_target_"].rpartition(".")[2]
-    device = device_of(cfg)
+    device = device_of(cfg, tuned=False)
     words = ["--data-dir", str(root), "--train-split", "train", "--val-split", "val", "--device", str(device)]
     words += ["--model", NAMES[cfg["model"]["width"]], "--num-classes", str(num_classes), "-b", str(node["batch_size"])]
     words += ["--img-size", str(node["image_size"]), "--crop-pct", str(given["crop"])]

@@ -81,6 +81,7 @@ def columns(result: Result) -> list[tuple[str, Callable[[Result], str]]]:
     found += [("efficiency", share("efficiency", lambda s: f"{100 * s:.0f} %"))] if _any(result, "efficiency") else []
     found += [("of the loop alone", cell("loop", number))] if has("loop") else []
     found += [(per, cell("cpu_seconds", number))] if has("cpu_seconds") else []
+    found += [("s to compile", cell("compile_seconds", number))] if has("compile_seconds") else []
     found += [("peak memory", cell("memory", gib))] if has("memory") else []
     found += [("on the card", cell("card_memory", gib))] if has("card_memory") else []
     found += [("Acc@1", cell("top1", lambda v: f"{v:.3f}")), ("loss", cell("loss", lambda v: f"{v:.4f}"))][

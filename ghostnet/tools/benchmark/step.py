@@ -54,12 +54,15 @@ def ours(spec: dict[str, Any]) -> Metrics:
         cfg["accumulate"],
     )
     state = engine.TrainState(model, optimizer, amp, ema, device)
+    compiled = {}
+    if cfg["compile"]:
+        compiled = {"compile_seconds": engine.compile_step(state, recipe, data["batch_size"], data["image_size"])}
 
     class Epoch:
         def __iter__(self) -> Any:  # noqa: ANN401 (an iterator of steps)
             return engine.train(state, loader, recipe, StopSignal())
 
-    return window(again(Epoch()), images, spec["seconds"], device, WARM_UP)
+    return window(again(Epoch()), images, spec["seconds"], device, WARM_UP) | compiled
 
 
 def scale(words: list[str], batch_size: int, counts: list[int]) -> list[Subject]:

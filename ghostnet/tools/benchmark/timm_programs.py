@@ -51,7 +51,7 @@ class Training:
         from timm.optim import create_optimizer_v2
         from timm.scheduler import create_scheduler_v2
 
-        self.cfg, self.device = cfg, device_of(cfg)
+        self.cfg, self.device = cfg, device_of(cfg, tuned=False)
         self.model = timm.create_model(NAMES[cfg["model"]["width"]], num_classes=num_classes, drop_rate=0.0)
         self.model.to(self.device)
         lr = 0.1 * cfg["data"]["batch_size"] / 256
@@ -141,7 +141,7 @@ def evaluate(spec: dict[str, Any]) -> Metrics:
 
     from ghostnet.device import cpu_count
 
-    cfg, data, device = spec["cfg"], spec["cfg"]["data"], device_of(spec["cfg"])
+    cfg, data, device = spec["cfg"], spec["cfg"]["data"], device_of(spec["cfg"], tuned=False)
     model = timm.create_model(NAMES[cfg["model"]["width"]], num_classes=spec["num_classes"])
     model.load_state_dict(torch.load(spec["weights"], weights_only=True))
     shape, ours = (3, data["image_size"], data["image_size"]), data["preprocessing"]
