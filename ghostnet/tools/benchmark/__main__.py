@@ -16,6 +16,7 @@ fast ours is, CPU seconds and the peak of memory of the process and all that it 
   json=FILE             writes every number of every round
   report=FILE.html      draws them, on a page that needs nothing else
   seconds=10            loader, step: how long each is measured in a round, after a warm-up
+  shards=DIR            loader: ours over these shards of the same pictures (ghostnet.tools.pack), too
   images=N              evaluate, train: about so many of each split, the same number of each class
   ckpt=FILE|RUN         evaluate: whose weights; random ones unless told, whose accuracy says nothing
   timm=FILE             train, start: the train.py of a clone of timm; unless told, what this tool has written like it
@@ -59,7 +60,7 @@ def chosen(case: Case, place: Path) -> tuple[list[Subject], dict[str, str]]:
         folder = None if data.kind_of(cfg) == "Shards" else data.folder(cfg, None, place / "data")
         there = [peer for peer in wanted if peer not in left_out]
         others, unfit = peers.loaders(cfg, folder, own.seconds, there)
-        return loader.subjects(cfg, own.seconds, others), left_out | unfit
+        return loader.subjects(cfg, own.seconds, own.shards, others), left_out | unfit
     if name == "scale":
         return step.scale(case.words, cfg["data"]["batch_size"], list(own.counts or _counts(cfg))), left_out
     if wanted and not left_out and (reason := programs.fits_timm(cfg)):

@@ -11,7 +11,7 @@ from ghostnet.schema import did_you_mean
 from ghostnet.tools.benchmark.peers import PEERS
 
 OWN = {
-    "loader": ("seconds",),
+    "loader": ("seconds", "shards"),
     "step": ("seconds",),
     "evaluate": ("ckpt", "images"),
     "start": ("timm",),
@@ -33,6 +33,7 @@ class Own:
     peers: tuple[str, ...] = PEERS
     seconds: float = 10.0
     """How long loader and step are measured in each round."""
+    shards: str | None = None
     images: int | None = None
     timm: Path | None = None
     """The user's copy of timm's train.py."""
@@ -108,6 +109,10 @@ def _value(key: str, value: str) -> object:
         if not Path(value).expanduser().is_file():
             raise ConfigError(f"timm={value}: no such file. Give the train.py of a clone of timm's repository.")
         return Path(value).expanduser().resolve()
+    if key == "shards":
+        if not any((Path(value).expanduser() / "train").glob("*.tar")):
+            raise ConfigError(f"shards={value}: no train/*.tar there. ghostnet.tools.pack makes them.")
+        return value
     if key == "seconds":
         return _seconds(value)
     if key == "ckpt":

@@ -33,14 +33,21 @@ BLOCK = 5
 """Steps in a row with one loader, of which the first does not count."""
 
 
-def subjects(cfg: dict[str, Any], seconds: float, peers: list[Subject]) -> list[Subject]:
-    """Ours, the peers, the quality of our decoding, and what our loader costs a main thread that dispatches."""
+def subjects(cfg: dict[str, Any], seconds: float, shards: str | None, peers: list[Subject]) -> list[Subject]:
+    """Ours, the peers, the quality of our decoding, and what our loader costs a main thread that dispatches.
+
+    shards: a folder of them that ours reads, too.
+    """
     from ghostnet.device import cpu_count
 
     threads = cfg["data"]["workers"] or cpu_count()
     spec = {"cfg": cfg, "seconds": seconds, "threads": threads}
+    name = f"ours, {threads} thread{'s' if threads > 1 else ''}"
+    node = {"_target_": "ghostnet.data.shards.Shards", "root": shards}
+    packed = spec | {"cfg": cfg | {"data": cfg["data"] | {"dataset": node}}}
     return [
-        child(f"ours, {threads} thread{'s' if threads > 1 else ''}", "loader.ours", spec),
+        child(name, "loader.ours", spec),
+        *([child(f"{name}, shards", "loader.ours", packed)] if shards else []),
         *peers,
         child("decoding", "loader.quality", spec, sentence=_quality, once=True),
         child("dispatch", "loader.dispatch", spec, sentence=_dispatch),
@@ -96,11 +103,14 @@ def delivered(
 
 def ours(spec: dict[str, Any]) -> Metrics:
     """Our loader's speed."""
+    import torch
+
     from ghostnet.config import build
     from ghostnet.data.loader import AHEAD
 
     cfg = spec["cfg"]
     dataset, size = build(cfg["data"]["dataset"], "train"), cfg["data"]["batch_size"]
+    torch.set_num_threads(1)  # there is no step here, whose threads, waiting for work, would take CPUs from decoding
     batches = delivered(cfg, dataset, build(cfg["data"]["augment"]), size, spec["threads"])
     return window(batches, size, spec["seconds"], device_of(cfg), AHEAD + 3)
 

@@ -40,6 +40,9 @@ def _compare(rows: list[Result]) -> None:
         if row["peer"] is not None and named:
             own, peer = (r["median"][r["what"]] for r in (named[0], row))
             row["ratio"] = own / peer if row["what"] == "speed" else peer / own
+        timm = [other["median"]["speed"] for other in rows if other["peer"] == "timm" and other["what"] == "speed"]
+        if row["peer"] is None and row["what"] == "speed" and timm:
+            row["over_timm"] = row["median"]["speed"] / max(timm)
         if "devices" in row["median"]:
             first = ours[0]["median"]
             share = row["median"]["speed"] / row["median"]["devices"] / (first["speed"] / first["devices"])
@@ -78,6 +81,7 @@ def columns(result: Result) -> list[tuple[str, Callable[[Result], str]]]:
     per = "CPU seconds" if result["unit"] == "seconds" else "CPU s / 1,000 images"
     found = [("subject", lambda row: str(row["name"])), (f"{result['unit']} [range]", speed)]
     found += [("ours is", share("ratio", lambda ratio: f"{ratio:.2f} × as fast"))] if _any(result, "ratio") else []
+    found += [("over timm", share("over_timm", lambda ratio: f"{ratio:.2f} ×"))] if _any(result, "over_timm") else []
     found += [("efficiency", share("efficiency", lambda s: f"{100 * s:.0f} %"))] if _any(result, "efficiency") else []
     found += [("of the loop alone", cell("loop", number))] if has("loop") else []
     found += [(per, cell("cpu_seconds", number))] if has("cpu_seconds") else []
