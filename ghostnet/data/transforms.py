@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ghostnet.data.decode import Array, Box, Picture, Size
+from ghostnet.device import images_at_once
 from ghostnet.schema import Magnitude, NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share
 from ghostnet.seeding import fold_in
 
@@ -87,8 +88,12 @@ class Preprocessing:
     def normalize(self, images: Tensor) -> Tensor:
         """Uint8 (N, S, S, 3) on any device -> normalised fp32 (N, 3, S, S); channels_last in memory."""
         mean, std = _constants(tuple(self.mean), tuple(self.std), images.shape[2], images.device)
-        rows = images.flatten(2).float().sub_(mean).div_(std)  # by rows of pixels: single ones take four times as long
-        return rows.view(images.shape).permute(0, 3, 1, 2)
+        normalised = torch.empty(images.shape, device=images.device)
+        at_once = images_at_once(images.device, images.shape[1] * images.shape[2])
+        for source, target in zip(images.split(at_once), normalised.split(at_once), strict=True):
+            # By rows of pixels: single pixels take four times as long.
+            target.flatten(2).copy_(source.flatten(2)).sub_(mean).div_(std)
+        return normalised.permute(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=8)

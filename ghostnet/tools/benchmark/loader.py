@@ -116,12 +116,15 @@ def ours(spec: dict[str, Any]) -> Metrics:
 
 
 def quality(spec: dict[str, Any]) -> Metrics:
-    """Random crops of ours against the same box of the whole picture as Pillow decodes and resizes it."""
+    """Random crops of ours against the same box of the whole picture as Pillow decodes and resizes it.
+
+    Of one that is decoded coarser, the box as it is moved to the coarser pixels (by less than one of them).
+    """
     import numpy as np
     from PIL import Image
 
     from ghostnet.config import build
-    from ghostnet.data.decode import by_pillow
+    from ghostnet.data.decode import by_pillow, coarser, shrinkage
     from ghostnet.data.transforms import resample
     from ghostnet.seeding import sample_rng
 
@@ -134,7 +137,9 @@ def quality(spec: dict[str, Any]) -> Metrics:
         box = augment.crop_box(picture.size, sample_rng(seed, 0, index))
         got = resample(picture.cut(box, (side, side)), (side, side), augment.interpolation)
         whole = by_pillow(picture.data, picture.name) if hasattr(picture, "data") else picture
-        exact = Image.fromarray(whole.cut(box)).resize((side, side), kind)
+        factor = shrinkage(box, (side, side)) if hasattr(picture, "data") else 1
+        moved = tuple(factor * edge for edge in coarser(box, factor))
+        exact = Image.fromarray(whole.cut(moved)).resize((side, side), kind)
         error = float(np.mean((got.astype(np.float64) - np.asarray(exact)) ** 2))
         ratios.append(min(EXACT, 10 * math.log10(255**2 / error)) if error else EXACT)
     return {"psnr_median": statistics.median(ratios), "psnr_min": min(ratios), "pictures": count}
