@@ -47,9 +47,8 @@ def resample(pixels: Array, size: Size, interpolation: Interpolation, out: Array
 
 
 def _planes(pixels: Array) -> Tensor:
-    """A view as torch wants pictures, (1, C, H, W)."""
-    tensor = torch.from_numpy(pixels)
-    return tensor.permute(2, 0, 1)[None] if pixels.ndim == 3 else tensor[None, None]
+    """A view as torch wants pictures, (1, C, H, W), by numpy: each call of torch lets go of Python's lock."""
+    return torch.from_numpy(pixels.transpose(2, 0, 1)[None] if pixels.ndim == 3 else pixels[None, None])
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Preprocessing:
         mean, std = _constants(tuple(self.mean), tuple(self.std), images.shape[2], images.device)
         normalised = torch.empty(images.shape, device=images.device)
         at_once = images_at_once(images.device, images.shape[1] * images.shape[2])
-        for source, target in zip(images.split(at_once), normalised.split(at_once), strict=True):
+        for source, target in zip(torch.split(images, at_once), torch.split(normalised, at_once), strict=True):
             # By rows of pixels: single pixels take four times as long.
             target.flatten(2).copy_(source.flatten(2)).sub_(mean).div_(std)
         return normalised.permute(0, 3, 1, 2)

@@ -138,8 +138,10 @@ def quality(spec: dict[str, Any]) -> Metrics:
         got = resample(picture.cut(box, (side, side)), (side, side), augment.interpolation)
         whole = by_pillow(picture.data, picture.name) if hasattr(picture, "data") else picture
         factor = shrinkage(box, (side, side)) if hasattr(picture, "data") else 1
-        moved = tuple(factor * edge for edge in coarser(box, factor))
-        exact = Image.fromarray(whole.cut(moved)).resize((side, side), kind)
+        left, top, right, bottom = coarser(box, factor)
+        exact = Image.fromarray(whole.cut((factor * left, factor * top, factor * right, factor * bottom))).resize(
+            (side, side), kind
+        )
         error = float(np.mean((got.astype(np.float64) - np.asarray(exact)) ** 2))
         ratios.append(min(EXACT, 10 * math.log10(255**2 / error)) if error else EXACT)
     return {"psnr_median": statistics.median(ratios), "psnr_min": min(ratios), "pictures": count}
