@@ -26,13 +26,21 @@ def cpu_seconds(root: int) -> float:
 
 
 def memory(root: int) -> int:
-    """Bytes that the tree holds now: a page that several of its processes share (PSS) counts once."""
-    total = 0
-    for pid in tree(root):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            lines = (PROC / str(pid) / "smaps_rollup").read_text().splitlines()
-            total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total
+    """Bytes: the most that the process has held, and what its descendants hold now that is theirs alone.
+
+    Pages that they share with it are among its own.
+    """
+    held = [_sum(root, "status", ("VmHWM:",))]
+    held += [_sum(pid, "smaps_rollup", ("Private_Clean:", "Private_Dirty:")) for pid in tree(root)[1:]]
+    return sum(held)
+
+
+def _sum(pid: int, file: str, names: tuple[str, ...]) -> int:
+    """Bytes of some lines of a file of a process; none where it has ended meanwhile."""
+    with contextlib.suppress(OSError):
+        lines = (PROC / str(pid) / file).read_text().splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(names))
+    return 0
 
 
 def _stat(pid: int) -> list[str]:
