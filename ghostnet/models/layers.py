@@ -1,5 +1,9 @@
 """The blocks that GhostNet is made of, under the names of the published weights."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +26,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise, and follow the statistics in train mode."""
-        narrow = x.shape[1] < NARROW and x.shape[3] > 1 and x.is_contiguous(memory_format=torch.channels_last)
+        narrow = x.shape[1] < NARROW and x.shape[3] > 1 and is_channels_last(x)
         by_rows = self.training and narrow and self.momentum is not None and lacks_kernels(x.device)
         if not by_rows or torch.compiler.is_compiling():
             return super().forward(x)
@@ -54,6 +58,55 @@ class Depthwise(nn.Conv2d):
         return super().forward(x)
 
 
+@contextlib.contextmanager
+def kept_once() -> Iterator[Callable[[Tensor, Callable[[], Tensor]], None]]:
+    """Inside, what autograd keeps can be told to be made again instead, by the function that this gives.
+
+    It takes a tensor, and how to make its values from tensors that are kept anyway; those must have no history.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        yield lambda tensor, make: None
+        return
+    kept: list[Kept] = []
+
+    def keep(tensor: Tensor) -> Kept:
+        kept.append(Kept(tensor))
+        return kept[-1]
+
+    def remake(tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        for item in kept:
+            if item.tensor is not None and is_same(item.tensor, tensor):
+                item.tensor, item.make = None, make
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, Kept.get):
+        yield remake
+
+
+@dataclass
+class Kept:
+    """What autograd keeps of one tensor until its backward pass."""
+
+    tensor: Tensor | None
+    make: Callable[[], Tensor] | None = None
+
+    def get(self) -> Tensor:
+        """Its values."""
+        if self.tensor is not None:
+            return self.tensor
+        assert self.make is not None
+        return self.make()
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same memory in the same order."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel lie side by side."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 def normed(conv: nn.Conv2d, relu: bool) -> nn.Sequential:
     """Put BatchNorm, and ReLU if asked for, behind a convolution."""
     return nn.Sequential(conv, BatchNorm(conv.out_channels), nn.ReLU(inplace=True) if relu else nn.Identity())
@@ -72,16 +125,24 @@ class Ghost(nn.Module):
         self.cheap_operation = normed(Depthwise(half, 3), relu=False)
         self.relu = relu
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        primary = self.primary_conv(x)
-        both = torch.cat((primary, self.cheap_operation(primary)), dim=1)
+    def forward(self, x: Tensor, make_x: Callable[[], Tensor] | None = None) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H, W). make_x: makes x again, so that it need not be kept."""
+        with kept_once() as remake:
+            primary = self.primary_conv(x)
+            both = torch.cat((primary, self.cheap_operation(primary)), dim=1)
         # Of both halves, though the first has had it: autograd then keeps this tensor alone, not the second half too.
-        return F.relu(both, inplace=True) if self.relu else both
+        both = F.relu(both, inplace=True) if self.relu else both
+        if make_x:
+            remake(x, make_x)
+        if self.relu:
+            whole, half = both.detach(), primary.shape[1]
+            layout = torch.channels_last if is_channels_last(primary) else torch.contiguous_format
+            remake(primary, lambda: whole[:, :half].contiguous(memory_format=layout))
+        return both
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a gate in [0, 1] computed from the means of all channels. (N, C, H, W) -> (N, C, H, W)."""
+    """A gate in [0, 1] for each channel, computed from the means of all channels. (N, C, H, W) -> (N, C, 1, 1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -90,9 +151,9 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(reduced, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
+        """(N, C, H, W) -> the gates (N, C, 1, 1)."""
         gate = self.conv_expand(F.relu(self.conv_reduce(x.mean((2, 3), keepdim=True))))
-        return x * F.hardsigmoid(gate)
+        return F.hardsigmoid(gate)
 
 
 class Bottleneck(nn.Module):
@@ -108,7 +169,7 @@ class Bottleneck(nn.Module):
         self.ghost1 = Ghost(in_channels, expanded, relu=True)
         self.conv_dw = Depthwise(expanded, kernel, stride) if stride > 1 else nn.Identity()
         self.bn_dw = BatchNorm(expanded) if stride > 1 else nn.Identity()
-        self.se = SqueezeExcite(expanded) if squeeze_excite else nn.Identity()
+        self.se = SqueezeExcite(expanded) if squeeze_excite else None
         self.ghost2 = Ghost(expanded, out_channels, relu=False)
         self.shortcut = nn.Sequential()
         if stride > 1 or in_channels != out_channels:
@@ -121,6 +182,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        branch: Tensor = self.ghost2(self.se(self.bn_dw(self.conv_dw(self.ghost1(x)))))
+        expanded = self.bn_dw(self.conv_dw(self.ghost1(x)))
+        if self.se:
+            gate = self.se(expanded)
+            made_of = expanded.detach(), gate.detach()
+            branch: Tensor = self.ghost2(expanded * gate, lambda: made_of[0] * made_of[1])
+        else:
+            branch = self.ghost2(expanded)
         branch += self.shortcut(x)
         return branch
