@@ -343,6 +343,11 @@ def lacks_kernels(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def computes_again(device: torch.device) -> bool:
+    """Whether the backward pass computes cheap convolutions again, not to keep their results: where memory is slow."""
+    return device.type == "cpu"
+
+
 def pinned(device: torch.device) -> bool:
     """Whether host buffers should be pinned: only beside a card, where no card is visible pinning raises."""
     return device.type != "cpu"

@@ -1,6 +1,7 @@
 """GhostNet against timm's, written by others from the same paper and the same published code."""
 
 import copy
+import gc
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
-from ghostnet.models.layers import round_channels
+from ghostnet.models.layers import Kept, round_channels
 
 PUBLISHED = {0.5: "ghostnet_050", 1.0: "ghostnet_100", 1.3: "ghostnet_130"}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(7))
@@ -193,3 +194,31 @@ def test_dropout_stays_on_above_a_frozen_backbone_and_off_in_eval_mode():
     freeze_backbone(model)
     assert not torch.equal(model.train()(IMAGES), model(IMAGES))
     assert torch.equal(model.eval()(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_what_the_backward_pass_makes_again_has_the_bits_of_what_it_would_keep(autocast, layout, monkeypatch):
+    """And autograd holds on to a third less where it makes it again."""
+    images = torch.randn(4, 3, 128, 128).contiguous(memory_format=layout)
+
+    def run():
+        torch.manual_seed(0)
+        model = GhostNet(5).to(memory_format=layout).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(images).float().square().mean()
+        gc.collect()
+        kept = {}
+        for item in (item for item in gc.get_objects() if type(item) is Kept and item.tensor is not None):
+            kept[item.tensor.data_ptr()] = item.tensor.untyped_storage().nbytes()
+        for parameter in model.parameters():
+            kept.pop(parameter.data_ptr(), None)
+        loss.backward()
+        return sum(kept.values()), [parameter.grad for parameter in model.parameters()]
+
+    less, gradients = run()
+    monkeypatch.setattr(Kept, "get", lambda item: item.tensor)
+    monkeypatch.setattr("ghostnet.models.layers.is_same", lambda one, other: False)
+    more, expected = run()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert less < 0.67 * more

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghostnet.device import lacks_kernels
+from ghostnet.device import computes_again, lacks_kernels
 from ghostnet.models.kernels import RowNorm, StridedDepthwise
 
 NARROW = 64
-"""Channels from which on PyTorch's own BatchNorm is as fast as by rows."""
+"""Channels from which on PyTorch's own BatchNorm is as fast as by rows, and 1×1 convolutions are dear to do again."""
 
 
 def round_channels(channels: float) -> int:
@@ -97,6 +97,12 @@ class Kept:
         return self.make()
 
 
+def again(conv: nn.Conv2d, make_x: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """How to convolve again what make_x makes, in the type that the result had."""
+    weight, stride, padding, groups = conv.weight.detach(), conv.stride, conv.padding, conv.groups
+    return lambda: F.conv2d(make_x().to(dtype), weight.to(dtype), None, stride, padding, 1, groups)
+
+
 def is_same(one: Tensor, other: Tensor) -> bool:
     """Whether both are the same memory in the same order."""
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
@@ -127,17 +133,31 @@ class Ghost(nn.Module):
 
     def forward(self, x: Tensor, make_x: Callable[[], Tensor] | None = None) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W). make_x: makes x again, so that it need not be kept."""
+        (conv, norm, act), (cheap, cheap_norm, _) = self.primary_conv, self.cheap_operation
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(cheap, nn.Conv2d)
         with kept_once() as remake:
-            primary = self.primary_conv(x)
-            both = torch.cat((primary, self.cheap_operation(primary)), dim=1)
+            rough = conv(x)
+            primary = act(norm(rough))
+            cheap_rough = cheap(primary)
+            both = torch.cat((primary, cheap_norm(cheap_rough)), dim=1)
         # Of both halves, though the first has had it: autograd then keeps this tensor alone, not the second half too.
         both = F.relu(both, inplace=True) if self.relu else both
+
+        kept, kept_x, half = (both if self.relu else primary).detach(), x.detach(), primary.shape[1]
+        layout = torch.channels_last if is_channels_last(primary) else torch.contiguous_format
+
+        def make_primary() -> Tensor:
+            return kept[:, :half].contiguous(memory_format=layout)
+
         if make_x:
             remake(x, make_x)
         if self.relu:
-            whole, half = both.detach(), primary.shape[1]
-            layout = torch.channels_last if is_channels_last(primary) else torch.contiguous_format
-            remake(primary, lambda: whole[:, :half].contiguous(memory_format=layout))
+            remake(primary, make_primary)
+        if computes_again(x.device):
+            remake(cheap_rough, again(cheap, make_primary, cheap_rough.dtype))
+            if conv.in_channels <= NARROW:
+                remake(rough, again(conv, make_x or (lambda: kept_x), rough.dtype))
         return both
 
 

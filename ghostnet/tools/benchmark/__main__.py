@@ -24,7 +24,8 @@ fast ours is, CPU seconds and the peak of memory of the process and all that it 
 
 All others are words of train.py (of evaluate.py for evaluate): data.root=…, data.augment.color_jitter=0, amp=bf16, ….
 CPU seconds are the operating system's, of all processes of a subject (loader, step: while it is measured; else of the
-whole command). Memory is the most that the process has held, and at that moment, four times a second, its descendants. Ctrl-C ends it.
+whole command). Memory is the most that the process has held, with what its
+descendants hold beside it, which is looked at four times a second. Ctrl-C ends it.
 """
 
 import json
