@@ -516,3 +516,15 @@ def test_a_terminal_shows_bars_with_an_eta(tmp_path: Path, tiny_data: Path) -> N
     text = shown.decode(errors="replace")
     for part in ("all steps", "epoch 2/2", "10/10", "eta", "20/20", "img/s", "loss", "lr"):
         assert part in text
+
+
+# Compiling
+
+
+def test_a_machine_without_a_compiler_is_told_before_training(run, tiny_data):
+    words = ["data=samples", f"data.root={tiny_data}", "device=cpu", "compile=true", "hydra.run.dir=run"]
+    done = run("train.py", *words, CXX="/nowhere/g++", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+    assert done.returncode == 1
+    assert "compile=true: torch.compile can't make the step on cpu" in done.stderr
+    assert "compile=false" in done.stderr
+    assert "Traceback" not in done.stderr
