@@ -97,7 +97,7 @@ def test_two_cards_under_o2_reduce_half_gradients_by_hccl_and_resume_bit_exactly
     settings = {"PYTHONPATH": NPU, "EMULATED_NPU_REPORT": str(tmp_path), "EMULATED_NPU_TRACE": "1"}
     done = run("train.py", *words, "hydra.run.dir=whole", **settings)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "device  npu:1: Ascend910B2; 2 ranks" in done.stdout
+    assert "device  npu:1: Ascend910B2, contiguous_format; 2 ranks" in done.stdout
     assert result(tmp_path / "whole")["amp"] == "o2"
     both = reports(tmp_path)
     assert [report["rank"] for report in both] == [0, 1]
@@ -231,7 +231,7 @@ def test_auto_takes_an_npu_where_there_is_one_and_cards_that_are_missing_are_nam
     words = [*SHORT, f"data.root={tiny_data}"]
     done = run("train.py", *words, "device=auto", "hydra.run.dir=auto", PYTHONPATH=NPU)
     assert done.returncode == 0, done.stderr
-    assert "device  npu:0: Ascend910B2 (auto: an NPU is there)" in done.stdout
+    assert "device  npu:0: Ascend910B2, contiguous_format (auto: an NPU is there)" in done.stdout
     for more, message in (
         (["device.count=2"], "device.count=2: npu card 1 is not there; card 0 is. Give device.count=1, or device.ids"),
         (["device.count=1", "device.ids=[3]"], "device.ids=[3]: npu card 3 is not there; card 0 is."),

@@ -11,9 +11,9 @@ TICK = os.sysconf("SC_CLK_TCK")
 def tree(root: int) -> list[int]:
     """A process and its living descendants."""
     children: dict[int, list[int]] = {}
-    for entry in os.scandir(PROC):
-        if entry.name.isdecimal() and (fields := _stat(int(entry.name))):
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    for name in os.listdir(PROC):
+        if name.isdecimal() and (fields := _stat(int(name))):
+            children.setdefault(int(fields[1]), []).append(int(name))
     found = [root]
     for pid in found:
         found += children.get(pid, [])
