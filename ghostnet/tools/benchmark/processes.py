@@ -11,7 +11,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 def tree(root: int) -> list[int]:
     """A process and its living descendants."""
     children: dict[int, list[int]] = {}
-    for name in os.listdir(PROC):
+    for name in (entry.name for entry in PROC.iterdir()):
         if name.isdecimal() and (fields := _stat(int(name))):
             children.setdefault(int(fields[1]), []).append(int(name))
     found = [root]
