@@ -130,10 +130,12 @@ def test_on_the_cpu_the_pages_of_freed_tensors_are_used_again_unless_the_user_tu
 import resource, torch
 from ghostnet.device import resolve
 resolve("cpu")
+faults = []
 for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))  # the system may take pages back at any time
 """
     ran = subprocess.run([sys.executable, "-c", program], env=os.environ | user, capture_output=True, check=True)
     assert (int(ran.stdout) < 50) is kept
