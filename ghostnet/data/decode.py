@@ -21,13 +21,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 COLOURS = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "GRAY"}
 """What a JPEG may hold for libjpeg-turbo to decode it, and as what; the rest is Pillow's."""
 
-BASELINE, SCAN, END = (0xC0, 0xC1), 0xDA, b"\xff\xd9"
-"""Markers of JPEG (ITU-T T.81): headers of sequential pictures, the start of a scan, the end."""
-TAIL = 64
-"""Bytes after the end that files may have."""
-MARGIN = 8
-"""Rows below a box that libjpeg's smoothing of colours may look at."""
-
 # Pillow warns of odd metadata, which nobody reads here (JPEGs of ImageNet itself have broken EXIF), and no more than
 # warns of a picture that is up to twice as large as it allows.
 warnings.filterwarnings("ignore", module="PIL")
@@ -70,47 +63,18 @@ class Jpeg:
     def cut(self, box: Box | None = None, at_least: Size | None = None) -> Array:
         """The box's pixels; where it is twice, four or eight times at_least, libjpeg decodes it so much coarser.
 
-        Rows below the box are not decoded.
         The box is moved by less than so many pixels then, to where the coarser pixels begin.
         """
         box = box or (0, 0, *self.size)
         factor = shrinkage(box, at_least)
-        whole, (width, height) = self.data, self.size
-        needed = min(height, box[3] + MARGIN * factor)
-        position = height_of_rows(whole) if needed < height else None
-        data: bytes | bytearray = whole
-        if position:
-            data = bytearray(whole)
-            data[position : position + 2] = needed.to_bytes(2, "big")
-            height = needed
-        least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        width, height = (-(-side // factor) for side in self.size)
         try:
-            # Rows that are left over would be a fault to it; a file that is cut short has no `position`.
-            pixels: Array = simplejpeg.decode_jpeg(data, self.colours, strict=position is None, **least)
+            pixels: Array = simplejpeg.decode_jpeg(self.data, self.colours, min_height=height, min_width=width)
         except ValueError:  # of any oddity: Pillow reads on where it can, and says what is wrong where it can't
-            return by_pillow(whole, self.name).cut(box)
+            return by_pillow(self.data, self.name).cut(box)
         pixels = pixels[:, :, 0] if self.colours == "GRAY" else pixels
         left, top, right, bottom = coarser(box, factor)
         return pixels[top:bottom, left:right]
-
-
-def height_of_rows(data: bytes) -> int | None:
-    """Where a JPEG's header has its height, if a smaller one makes libjpeg stop earlier at the same pixels.
-
-    None where it doesn't: progressive files and those with a scan for each colour hold all rows more than once, a file
-    that doesn't end as it should is to be read whole, so that its fault is found.
-    """
-    if data.rfind(END, -TAIL) < 0:
-        return None
-    start, height, components = 2, None, 0
-    while start + 10 < len(data) and data[start] == 0xFF:
-        marker = data[start + 1]
-        if marker in BASELINE:
-            height, components = start + 5, data[start + 9]
-        elif marker == SCAN:
-            return height if height and data[start + 4] == components else None
-        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-    return None
 
 
 def shrinkage(box: Box, at_least: Size | None) -> int:
