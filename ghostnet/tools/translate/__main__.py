@@ -1,8 +1,8 @@
 """The reference's command as ours: python -m ghostnet.tools.translate 'bash ./test/train_full_8p.sh --data_path=D'.
 
-Takes a line of Ascend ModelZoo's GhostNet for PyTorch, in quotes or word by word: a script of test/ with its flags, or a
-Python program with its flags, with what goes before it in a shell (nohup, taskset, a loop over cards). The first line
-printed is our command; below it which flags did nothing there, which have no home here and why, and which are unknown.
+Takes a line of Ascend ModelZoo's GhostNet for PyTorch, in quotes or word by word: a script of test/ with its flags, or
+a Python program with its flags, with what goes before it in a shell (nohup, taskset, a loop over cards). The first line
+printed is our command; below it which flags did nothing there, which have no home here and why, which are unknown.
 """
 
 import shlex

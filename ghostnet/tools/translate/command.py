@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from ghostnet.config import flat, unresolved
 from ghostnet.errors import ConfigError
@@ -123,7 +124,7 @@ def _training(line: Line, command: Command) -> None:
     words += [
         f"{key}={_text(new)}"
         for key, new in wanted.items()
-        if key not in base[1] and key.startswith("hydra.") or key in base[1] and base[1][key] != new
+        if (key in base[1] and base[1][key] != new) or key.startswith("hydra.")
     ]
     command.words = words
     _notes(line, command)
@@ -144,19 +145,11 @@ def _composed(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the chosen option of each group, all values) of a command."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=words, return_hydra_config=True)
-        choices = dict(cfg.hydra.runtime.choices)
-        del cfg._metadata.flags["struct"]  # so that hydra's own node can be left out
-        raw = unresolved(cfg)
-        raw.pop("hydra")
-        values = dict(flat(raw))
-    return choices, {key: cfg_value(cfg, key, value) for key, value in values.items()}
-
-
-def cfg_value(cfg: Any, key: str, value: Any) -> Any:  # noqa: ANN401 (a config's)
-    """The value of a key, its interpolation resolved."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.select(cfg, key) if isinstance(value, str) and value.startswith("${") else value
+    raw = unresolved(cfg)
+    raw.pop("hydra")
+    # One by one: hydra's own node can't be resolved here.
+    values = {key: OmegaConf.select(cfg, key) if "$" in str(value) else value for key, value in flat(raw)}
+    return dict(cfg.hydra.runtime.choices), values
 
 
 def _wanted(line: Line, value: dict[str, Any], command: Command) -> tuple[dict[str, str], dict[str, Any]]:
@@ -205,9 +198,7 @@ def _one_by_one(
         wanted["optim.eps"] = 1e-8  # torch's
     if value["--pretrained"]:
         wanted |= {"model.weights": "model_best.pth.tar", "model.freeze": True}
-        command.remarks.append(
-            (NOTE, "", "--pretrained read ./model_best.pth.tar, whatever is beside it: that is kept")
-        )
+        command.remarks.append((NOTE, "", "--pretrained read ./model_best.pth.tar, a name that was fixed there"))
     if value["--resume"]:
         why = "of this project: last.pt or its run folder; of the reference's, the weights alone: model.weights=FILE"
         command.remarks.append((NOTE, line.typed["--resume"], why))

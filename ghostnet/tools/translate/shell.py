@@ -1,4 +1,4 @@
-"""A line of the reference as it is typed in a shell -> its program, its flags with their values, the ranks it starts."""
+"""A line of the reference as it is typed in a shell -> its program, its flags with their values, how often it runs."""
 
 import re
 import shlex
@@ -55,7 +55,7 @@ def parse(text: str) -> Line:
         raise ConfigError(f"a quote is not closed: {str(error).lower()}. {FORM}") from None
     for position, token in enumerate(tokens):
         name = Path(token).name
-        rest = [word for word in tokens[position + 1 :]]
+        rest = tokens[position + 1 :]
         end = next((i for i, word in enumerate(rest) if word and set(word) <= set(";&|()")), len(rest))
         if name in SCRIPTS or name == EVALUATE:
             return _script(name, rest[:end])
@@ -91,7 +91,7 @@ def _tokens(text: str) -> list[str]:
     text = re.sub(r"\s\d*(>>?|<)&?\s*\S+", " ", text)  # where it reads and writes
     lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|()")
     lexer.whitespace_split, lexer.commenters = True, ""
-    return list(lexer)
+    return [word for word in lexer if word not in (f"{UNKNOWN}$@", f"{UNKNOWN}$*")]
 
 
 def _script(name: str, words: list[str]) -> Line:
