@@ -62,7 +62,7 @@ class _Files:
     def source(self, key: str) -> str:
         """The last one that says it: the command, the experiment, this machine's file, the chosen option."""
         for word in reversed(self.words):
-            if key == word.key_or_group or key.startswith(f"{word.key_or_group}.") and "." in word.key_or_group:
+            if key == word.key_or_group or (key.startswith(f"{word.key_or_group}.") and "." in word.key_or_group):
                 return str(word.input_line)
         for file in (self.experiment, "local/default.yaml"):
             if file and _holds(file, key):
