@@ -54,7 +54,8 @@ def text(curve: Curve, width: int = 72, height: int = 10) -> list[str]:
     labels = [f"{highest * (1 - row / (height - 1)):.3g}" if row % 3 == 0 else "" for row in range(height)]
     space = max(map(len, labels))
     lines = [
-        f"{label:>{space}} ┤{''.join(chr(0x2800 + cell) for cell in cells[row])}" for row, label in enumerate(labels)
+        f"{label:>{space}} ┤{''.join(chr(0x2800 + cell) for cell in cells[row]).rstrip(chr(0x2800))}"
+        for row, label in enumerate(labels)
     ]
     marks = [f"{curve.epochs * quarter / 4:g}" for quarter in range(5)]
     axis = [" "] * (width + 8)

@@ -91,26 +91,31 @@ def of_evaluation(model: nn.Module, amp: Amp, image_size: int, batch_size: int) 
 
 
 def _scaled(passes: Callable[[Tensor, Tensor], None], image_size: int, batch_size: int, kind: str) -> int:
-    peaks = []
+    peaks: list[int] = []
     for count in BATCHES:
         pixels = torch.zeros(count, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
         with _layers_of(kind), Watch() as watch:
             passes(pixels + torch.rand_like(pixels), torch.zeros(count, dtype=torch.int64))
         peaks.append(watch.peak)
-    each = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
+    each: float = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
     return round(peaks[0] + each * (batch_size - BATCHES[0]))
 
 
 @contextlib.contextmanager
 def _layers_of(kind: str) -> Iterator[None]:
     """The layers here take the CPU's ways by the device of their input; inside, those of another kind."""
-    own = layers.computes_again, layers.lacks_kernels
-    if kind != "cpu":
-        layers.computes_again = layers.lacks_kernels = lambda device: False
+    names = "computes_again", "lacks_kernels"
+    own = {name: getattr(layers, name) for name in names}
+    if kind == "cpu":
+        yield
+        return
     try:
+        for name in names:
+            setattr(layers, name, lambda device: False)
         yield
     finally:
-        layers.computes_again, layers.lacks_kernels = own
+        for name, function in own.items():
+            setattr(layers, name, function)
 
 
 def nbytes(tensors: Any) -> int:  # noqa: ANN401 (anything that holds tensors)
