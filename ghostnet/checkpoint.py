@@ -55,7 +55,7 @@ def size(state: dict[str, Any]) -> int:
     return counter.count
 
 
-class _Counter(io.RawIOBase):
+class _Counter(io.BytesIO):
     """A file that counts what is written to it, and keeps nothing."""
 
     count = 0
@@ -66,7 +66,7 @@ class _Counter(io.RawIOBase):
         return memoryview(content).nbytes
 
 
-def _write(state: dict[str, Any], file: IO[bytes] | io.RawIOBase) -> None:
+def _write(state: dict[str, Any], file: IO[bytes]) -> None:
     torch.save({"format": FORMAT, **state}, file)
 
 

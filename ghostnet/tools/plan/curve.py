@@ -11,7 +11,8 @@ from ghostnet.errors import UserError
 from ghostnet.optim import Schedule
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Braille: what each dot of a character adds to it, by row and column."""
+"""Braille: what each dot of a character adds to the blank one, by row and column."""
+BLANK = 0x2800
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 WIDTH, HEIGHT = 1200, 640
 LEFT, RIGHT, TOP, BOTTOM = 110, 30, 60, 70
@@ -42,21 +43,19 @@ def text(curve: Curve, width: int = 72, height: int = 10) -> list[str]:
     """Lines of braille dots with both axes; width and height of the plot in characters."""
     highest = curve.highest or 1.0
     cells = [[0] * width for _ in range(height)]
-    columns, rows = 2 * width, 4 * height
+    columns, lowest = 2 * width, 4 * height - 1
     before: int | None = None
     for column in range(columns):
         rate = curve.lr(min(curve.steps - 1, round(column * (curve.steps - 1) / (columns - 1))))
-        row = round((1 - rate / highest) * (rows - 1))
+        row = round((1 - rate / highest) * lowest)
         # Steep parts are joined, so that the curve has no gaps.
         for y in range(min(row, before or row), max(row, before or row) + 1) if before is not None else (row,):
             cells[y // 4][column // 2] |= DOTS[y % 4][column % 2]
         before = row
     labels = [f"{highest * (1 - row / (height - 1)):.3g}" if row % 3 == 0 else "" for row in range(height)]
     space = max(map(len, labels))
-    lines = [
-        f"{label:>{space}} ┤{''.join(chr(0x2800 + cell) for cell in cells[row]).rstrip(chr(0x2800))}"
-        for row, label in enumerate(labels)
-    ]
+    rows = ["".join(chr(BLANK + cell) for cell in row).rstrip(chr(BLANK)) for row in cells]
+    lines = [f"{label:>{space}} ┤{row}" for label, row in zip(labels, rows, strict=True)]
     marks = [f"{curve.epochs * quarter / 4:g}" for quarter in range(5)]
     axis = [" "] * (width + 8)
     for quarter, mark in enumerate(marks):

@@ -104,7 +104,13 @@ class Survey:
         if start > total_steps:
             raise ConfigError(f"resume: the run is at step {start:,}, past the {total_steps:,} of {epochs} epochs.")
         build(data["mix"])
-        about = {"raw": raw, "train": train, "num_classes": num_classes, "global_batch_size": global_batch_size}
+        about = {
+            "raw": raw,
+            "train": train,
+            "val": len(val),
+            "num_classes": num_classes,
+            "global_batch_size": global_batch_size,
+        }
         model = self._model(cfg, kind, about, total_steps, epochs)
         return Facts(
             device=device,
@@ -146,7 +152,7 @@ class Survey:
         shared = {key: cfg[key] for key in ("model", "amp", "optim", "ema_decay", "sync_bn", "compile")}
         shared["optim"] = {key: value for key, value in cfg["optim"].items() if key not in ("lr", "weight_decay")}
         data = {key: cfg["data"][key] for key in ("batch_size", "eval_batch_size", "image_size")}
-        name = json.dumps([shared, data, kind, cfg["device"]["count"], about["num_classes"], total_steps, epochs])
+        name = json.dumps([shared, data, kind, cfg["device"]["count"], about["num_classes"], about["val"]])
         if name not in self.models:
             self.models[name] = _examine(cfg, kind, about, total_steps, epochs)
         return self.models[name]
@@ -246,7 +252,8 @@ def _examine(cfg: Config, kind: str, about: dict[str, Any], total_steps: int, ep
         "their average": nbytes(ema.module.state_dict()) if ema else 0,
     }
     working = passes(data["image_size"], data["batch_size"], kind)
-    at_once = images_at_once(CPU, data["image_size"] ** 2) if kind == "cpu" else data["eval_batch_size"]
+    most = min(data["eval_batch_size"], about["val"])
+    at_once = min(most, images_at_once(CPU, data["image_size"] ** 2)) if kind == "cpu" else most
     evaluating = of_evaluation(amp.for_evaluation(model, CPU), amp, data["image_size"], at_once)
     parts[PASSES[working < evaluating]] = max(working, evaluating)
     if cfg["device"]["count"] > 1:

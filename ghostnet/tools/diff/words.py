@@ -1,0 +1,183 @@
+"""The shortest list of overrides that turns one run's config into another's, when added to its command."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from ghostnet.config import Config, flat, resolved
+from ghostnet.errors import ConfigError
+from ghostnet.overrides import CONF, check_command, groups, options, quoted
+
+NOT_OF_THE_RUN = {"resume"}
+"""Keys that say how a run was started, not what it is."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one config is turned into another."""
+
+    words: list[str]
+    """What to add to the command."""
+    left: list[str]
+    """Keys that no override changes as it should."""
+    fault: str | None = None
+    """Why the command can't be composed by the conf/ of today; None where it can."""
+    drifted: tuple[str, ...] = ()
+    """Keys that the first run's own command gives other values by the conf/ of today."""
+
+
+def differ(one: Config, other: Config) -> list[str]:
+    """The keys in which two configs differ; one that a config lacks, since an older version had it not, doesn't count.
+
+    Keys of constructors count: a group whose constructor is another one has other keys.
+    """
+    then, now = dict(flat(one)), dict(flat(other))
+    return [
+        key
+        for key in dict.fromkeys([*now, *then])
+        if key not in NOT_OF_THE_RUN and then.get(key, _ABSENT) != now.get(key, _ABSENT) and _counts(key, then, now)
+    ]
+
+
+_ABSENT = object()
+
+
+def _counts(key: str, *sides: dict[str, Any]) -> bool:
+    """Whether a key that one side lacks is more than what an older version had not."""
+    lacking = [side for side in sides if key not in side]
+    if not lacking:
+        return True
+    parent = key.rpartition(".")[0]
+    targets = {side.get(f"{parent}._target_") for side in sides}
+    # A node without a constructor, or with the same one on both sides, grew: logger.wandb null or {…} did not.
+    return len(targets) > 1 or any(side.get(parent, _ABSENT) is None for side in lacking)
+
+
+def way(words: list[str], config: Config, target: Config, hints: list[str]) -> Way:
+    """From a command and the config it had to another config. hints: words that may help, such as the other command's.
+
+    Each word that is given is needed: without any of them the config is another one.
+    """
+    search = _Search(words, target)
+    try:
+        start = search.left([])
+    except ConfigError as fault:
+        return Way([], differ(config, target), str(fault))
+    drifted = tuple(differ(search.config([]), config))
+    found = search.needed(search.greedy(hints, start))
+    left = search.left(found)
+    try:
+        check_command("train", [*words, *found], multirun=False)
+    except ConfigError as fault:
+        return Way(found, left, str(fault), drifted)
+    return Way(found, left, None, drifted)
+
+
+class _Search:
+    """Composes commands, each only once."""
+
+    def __init__(self, words: list[str], target: Config) -> None:
+        self.words, self.target = [word for word in words if not word.startswith("resume=")], target
+        self.values = dict(flat(target))
+        self.known: dict[tuple[str, ...], Config | str] = {}
+
+    def config(self, more: list[str]) -> Config:
+        """The config of the command with more words; ConfigError where there is none."""
+        key = tuple(more)
+        if key not in self.known:
+            try:
+                with initialize_config_dir(str(CONF), version_base="1.3"):
+                    self.known[key] = resolved(compose("train", overrides=[*self.words, *more]))
+            except (HydraException, OmegaConfBaseException) as error:
+                self.known[key] = str(error).splitlines()[0]
+        found = self.known[key]
+        if isinstance(found, str):
+            raise ConfigError(found)
+        return found
+
+    def left(self, more: list[str]) -> list[str]:
+        """The keys that still differ from the target."""
+        return differ(self.config(more), self.target)
+
+    def greedy(self, hints: list[str], start: list[str]) -> list[str]:
+        """Words that set several keys at once, the best first, then one for each key that is left."""
+        found: list[str] = []
+        left = start
+        candidates = [*self._choices(start), *(word for word in hints if word not in self.words)]
+        while left:
+            best, after = None, left
+            for word in candidates:
+                now = self._try([*found, word])
+                if now is not None and len(now) < len(after) and self._saves(word, left, now):
+                    best, after = word, now
+            if best is None:
+                break
+            found, left = [*found, best], after
+            candidates = [word for word in candidates if word != best]
+        single: list[str] = []
+        for key in left:
+            word = self._own(key)
+            if word and (now := self._try([*found, *single, word])) is not None and key not in now:
+                single.append(word)
+        return [*found, *single]
+
+    def _own(self, key: str) -> str | None:
+        """The word that sets one key alone; None where the target lacks it."""
+        return f"{key}={literal(self.values[key])}" if key in self.values else None
+
+    def _saves(self, word: str, left: list[str], now: list[str]) -> bool:
+        """Whether a word is shorter than those that would set its keys one by one."""
+        solved = [self._own(key) for key in left if key not in now]
+        return None in solved or len(left) - len(now) > 1 or len(word) < len(" ".join(map(str, solved)))
+
+    def needed(self, found: list[str]) -> list[str]:
+        """The words without those that change nothing, tried one by one until none is."""
+        goal = len(self.left(found))
+        for word in list(found):
+            without = [other for other in found if other != word]
+            now = self._try(without)
+            if now is not None and len(now) <= goal:
+                found = without
+        return found
+
+    def _try(self, more: list[str]) -> list[str] | None:
+        try:
+            return self.left(more)
+        except ConfigError:
+            return None
+
+    def _choices(self, left: list[str]) -> Iterator[str]:
+        """Every option of every group that has something to do with what is left."""
+        for group in groups():
+            touched = [key for key in left if key.startswith(f"{group}.")]
+            # A single value has a word of its own that is as short.
+            if len(touched) > 1 or any(key.endswith("._target_") for key in touched):
+                yield from (f"{group}={option}" for option in options(group))
+
+
+def literal(value: Any) -> str:  # noqa: ANN401 (a config's)
+    """A value as hydra's grammar reads it back."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(literal, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{literal(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, str):
+        # Text that reads as something else, such as 1e5 or null, stays text in quotes.
+        return quoted(value) if value and not _reads_otherwise(value) else f"'{value}'"
+    return repr(value)
+
+
+def _reads_otherwise(text: str) -> bool:
+    if text.lower() in ("null", "true", "false", "nan", "inf"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
