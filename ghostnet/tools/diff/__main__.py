@@ -1,7 +1,7 @@
 """What differs between two runs: python -m ghostnet.tools.diff RUN_A RUN_B [json=true].
 
-Values of the config, code, environment and metrics that differ, the step at which the losses part, and the shortest list
-of overrides that, added to A's own command, gives B's config: each of them is needed. json=true prints it as JSON.
+Values of the config, code, environment and metrics that differ, the step at which the losses part, and the shortest
+list of overrides that, added to A's own command, gives B's config: each of them is needed. json=true prints JSON.
 """
 
 import json
@@ -43,12 +43,10 @@ def report(one: Run, other: Run) -> dict[str, Any]:
     """All of it."""
     values = dict(flat(one.config)), dict(flat(other.config))
     found = way(one.words or [], one.config, other.config, other.words or [])
-    loss = compare.losses(one, other)
+    loss, changed = compare.losses(one, other), differ(one.config, other.config)
     return {
         "runs": [str(one.path), str(other.path)],
-        "config": [
-            (key, *(side.get(key, compare.BEFORE) for side in values)) for key in differ(one.config, other.config)
-        ],
+        "config": [(key, *(side.get(key, compare.BEFORE) for side in values)) for key in changed],
         "code": compare.code(one, other),
         "environment": compare.environment(one, other),
         "metrics": compare.metrics(one, other),

@@ -6,9 +6,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ghostnet.config import Config, flat, resolved
+from ghostnet.config import Config, flat, resolved, unresolved
 from ghostnet.errors import ConfigError
 from ghostnet.overrides import CONF, check_command, groups, options, quoted
 
@@ -62,14 +63,15 @@ def way(words: list[str], config: Config, target: Config, hints: list[str]) -> W
 
     Each word that is given is needed: without any of them the config is another one.
     """
-    search = _Search(words, target)
-    try:
-        start = search.left([])
-    except ConfigError as fault:
-        return Way([], differ(config, target), str(fault))
-    drifted = tuple(differ(search.config([]), config))
-    found = search.needed(search.greedy(hints, start))
-    left = search.left(found)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        search = _Search(words, target)
+        try:
+            start = search.left([])
+        except ConfigError as fault:
+            return Way([], differ(config, target), str(fault))
+        drifted = tuple(differ(search.config([]), config))
+        found = search.needed(search.greedy(hints, start))
+        left = search.left(found)
     try:
         check_command("train", [*words, *found], multirun=False)
     except ConfigError as fault:
@@ -90,8 +92,7 @@ class _Search:
         key = tuple(more)
         if key not in self.known:
             try:
-                with initialize_config_dir(str(CONF), version_base="1.3"):
-                    self.known[key] = resolved(compose("train", overrides=[*self.words, *more]))
+                self.known[key] = resolved(compose("train", overrides=[*self.words, *more]))
             except (HydraException, OmegaConfBaseException) as error:
                 self.known[key] = str(error).splitlines()[0]
         found = self.known[key]
@@ -108,31 +109,20 @@ class _Search:
         found: list[str] = []
         left = start
         candidates = [*self._choices(start), *(word for word in hints if word not in self.words)]
-        while left:
-            best, after = None, left
-            for word in candidates:
-                now = self._try([*found, word])
-                if now is not None and len(now) < len(after) and self._saves(word, left, now):
-                    best, after = word, now
-            if best is None:
+        while left and candidates:
+            tried = {word: now for word in candidates if (now := self._try([*found, word])) is not None}
+            # What saves nothing now won't when less is left.
+            candidates = [word for word, now in tried.items() if self._saves(word, left, now)]
+            if not candidates:
                 break
-            found, left = [*found, best], after
-            candidates = [word for word in candidates if word != best]
-        single: list[str] = []
-        for key in left:
-            word = self._own(key)
-            if word and (now := self._try([*found, *single, word])) is not None and key not in now:
-                single.append(word)
-        return [*found, *single]
-
-    def _own(self, key: str) -> str | None:
-        """The word that sets one key alone; None where the target lacks it."""
-        return f"{key}={literal(self.values[key])}" if key in self.values else None
-
-    def _saves(self, word: str, left: list[str], now: list[str]) -> bool:
-        """Whether a word is shorter than those that would set its keys one by one."""
-        solved = [self._own(key) for key in left if key not in now]
-        return None in solved or len(left) - len(now) > 1 or len(word) < len(" ".join(map(str, solved)))
+            best = min(candidates, key=lambda word: (len(tried[word]), len(word)))
+            found, left = [*found, best], tried[best]
+            candidates.remove(best)
+        single = [word for key in left if (word := self._own(key)) is not None]
+        if self._try([*found, *single]) is not None:
+            return [*found, *single]
+        # Some key can't be set by itself, such as one within null.
+        return [*found, *(word for word in single if self._try([*found, word]) is not None)]
 
     def needed(self, found: list[str]) -> list[str]:
         """The words without those that change nothing, tried one by one until none is."""
@@ -150,13 +140,34 @@ class _Search:
         except ConfigError:
             return None
 
+    def _own(self, key: str) -> str | None:
+        """The word that sets one key alone; None where the target lacks it."""
+        return f"{key}={literal(self.values[key])}" if key in self.values else None
+
+    def _saves(self, word: str, left: list[str], now: list[str]) -> bool:
+        """Whether a word is shorter than those that would set its keys one by one."""
+        solved = [self._own(key) for key in left if key not in now]
+        return None in solved or len(left) - len(now) > 1 or len(word) < len(" ".join(map(str, solved)))
+
     def _choices(self, left: list[str]) -> Iterator[str]:
-        """Every option of every group that has something to do with what is left."""
+        """Options of groups that may be the target's: of its keys and constructors, the nearest two of each."""
         for group in groups():
             touched = [key for key in left if key.startswith(f"{group}.")]
             # A single value has a word of its own that is as short.
-            if len(touched) > 1 or any(key.endswith("._target_") for key in touched):
-                yield from (f"{group}={option}" for option in options(group))
+            if len(touched) > 1 or any(key.endswith("_target_") for key in touched):
+                near = {option: self._nearness(group, option) for option in options(group)}
+                yield from (f"{group}={o}" for o in sorted(near, key=lambda o: -near[o])[:2] if near[o] >= 0)
+
+    def _nearness(self, group: str, option: str) -> int:
+        """How many values of an option are the target's; -1 where it is of other keys or another constructor."""
+        node = OmegaConf.load(CONF / group / f"{option}.yaml")
+        values = {f"{group}.{key}": value for key, value in flat(unresolved(DictConfig(node)))}
+        values = {key: value for key, value in values.items() if not key.startswith(f"{group}.defaults")}
+        own = {key for key in self.values if key.startswith(f"{group}.")}
+        targets = [key for key in own | values.keys() if key.endswith("_target_")]
+        if not values.keys() <= own or any(values.get(key) != self.values.get(key) for key in targets):
+            return -1
+        return sum(self.values[key] == value for key, value in values.items())
 
 
 def literal(value: Any) -> str:  # noqa: ANN401 (a config's)
