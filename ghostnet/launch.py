@@ -28,7 +28,7 @@ from ghostnet.folders import baseline, check_resume, claim, leave_no_empty_run, 
 from ghostnet.overrides import Checked, check_command, quoted
 from ghostnet.rerun import expanded, own_words
 from ghostnet.rerun import note as rerun_note
-from ghostnet.sweeps import OPTUNA, register
+from ghostnet.sweeps import OPTUNA
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -91,7 +91,6 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     folder, code = None, 0
     try:
         if not (args.help or args.hydra_help or args.shell_completion):
-            register()
             overrides = expanded(args.overrides, args.multirun) if trains else args.overrides
             sys.argv[1:] = [word for word in words if word not in args.overrides] + overrides
             checked = check_command(args.config_name or name, overrides, args.multirun)

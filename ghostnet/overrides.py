@@ -20,9 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ghostnet.config import OWN_SCHEMAS, Config, check, flat, resolved, unresolved
 from ghostnet.errors import ConfigError
 from ghostnet.schema import did_you_mean
-from ghostnet.sweeps import SweepJob, check_plugins, jobs_at_the_door, words_of
-
-CONF = Path(__file__).parent.parent / "conf"
+from ghostnet.sweeps import CONF, SweepJob, check_plugins, jobs_at_the_door, register, words_of
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,7 @@ def _parse(name: str, word: str) -> Override:
 
 def _hydra() -> Any:  # noqa: ANN401 (a context manager that hydra does not type)
     GlobalHydra.instance().clear()
+    register()
     return initialize_config_dir(str(CONF), version_base="1.3")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -24,6 +25,7 @@ from ghostnet.errors import ConfigError
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 OPTUNA = "hydra_plugins.ghostnet.Optuna"
 """What conf/hydra/sweeper/optuna.yaml calls the search: Hydra takes sweepers of such names alone."""
+CONF = Path(__file__).parent.parent / "conf"
 NAME_LENGTH = 120
 """Characters of a job's folder name; file systems allow 255 bytes."""
 
@@ -39,8 +41,11 @@ class SweepJob:
 
 
 def register() -> None:
-    """Have Hydra sweep with the classes below."""
+    """Have Hydra sweep with the classes below, and launch as conf/hydra says instead of the plugins' own configs."""
     Plugins.instance().class_name_to_class |= {BASIC: Grid, OPTUNA: Search}
+    stored = ConfigStore.instance().repo.get("hydra", {})
+    for file in CONF.glob("hydra/*/*.yaml"):
+        stored.get(file.parent.name, {}).pop(file.name, None)
 
 
 def grid(parsed: Iterable[Override]) -> list[SweepJob]:

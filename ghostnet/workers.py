@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-
 from ghostnet.errors import ConfigError
 
 COMMAND, LAUNCHER = "GHOSTNET_COMMAND", "GHOSTNET_LAUNCHER"
