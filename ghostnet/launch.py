@@ -263,7 +263,7 @@ def guard(cfg: DictConfig, run: Run) -> float | None:
         return _guarded(job, run, sweep)
     if workers.stopped:
         return None
-    with workers.job_signals():
+    with workers.job_signals(child=workers.is_joblib(hydra)):
         if workers.is_joblib(hydra):
             workers.take_share(folder.parent, job.cfg["device"], hydra.launcher.n_jobs)
         return _guarded(replace(job, prefix=f"[{folder.name}] "), run, sweep)

@@ -124,6 +124,8 @@ class _Sweep(Sweeper):
         from ghostnet.overrides import quoted
 
         words = [[*job.words, f"hydra.sweep.subdir={quoted(job.name)}"] for job in jobs]
+        if self.launcher.__class__.__name__ != "BasicLauncher":
+            print(f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'} in {self.folder}", flush=True)
         with workers.passed_on() if workers.is_joblib(self.config.hydra) else contextlib.nullcontext():
             for job in self.launcher.launch(words, initial_job_idx=0):
                 _ = job.return_value  # raises what no job catches

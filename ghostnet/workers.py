@@ -36,8 +36,8 @@ def tell_workers(program: str, words: list[str]) -> None:
 
 
 def typed() -> list[str]:
-    """The program and the words that the user typed, whichever process this is."""
-    return [str(word) for word in json.loads(os.environ[COMMAND])]
+    """The program and the words that the user typed, whichever process this is; not known on other machines of Ray."""
+    return [str(word) for word in json.loads(os.environ.get(COMMAND, '["train.py"]'))]
 
 
 def is_joblib(hydra: Any) -> bool:  # noqa: ANN401 (Hydra's config, typed or not)
@@ -46,22 +46,31 @@ def is_joblib(hydra: Any) -> bool:  # noqa: ANN401 (Hydra's config, typed or not
 
 
 @contextlib.contextmanager
-def job_signals() -> Iterator[None]:
-    """In a worker: a signal ends the job, by Interrupted where none is trained yet, and keeps further ones away."""
+def job_signals(child: bool) -> Iterator[None]:
+    """In a worker: a signal ends the job, by Interrupted where none is trained yet, and keeps further ones away.
+
+    child: of the launcher's process, with which it is to end.
+    """
     from ghostnet.signals import Interrupted
 
     def ask(signum: int, frame: FrameType | None) -> None:
         stopped.append(signum)
         raise Interrupted(signum)
 
-    if os.getppid() == int(os.environ.get(LAUNCHER, "0")) and sys.platform == "linux":
+    launcher = int(os.environ.get(LAUNCHER, "0"))
+    if child and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # the kernel asks too, where the launcher is killed
-    previous = {signum: signal.signal(signum, ask) for signum in STOPS}
+    for signum in STOPS:
+        signal.signal(signum, ask)
     try:
+        if child and os.getppid() != launcher:
+            os._exit(1)
         yield
     finally:
-        for signum in previous:
+        for signum in STOPS:
             signal.signal(signum, lambda signum, frame: stopped.append(signum))
+        if child and os.getppid() != launcher:
+            os._exit(1)  # nobody is left to hand out jobs
 
 
 @contextlib.contextmanager
@@ -80,6 +89,9 @@ def passed_on() -> Iterator[None]:
     previous = {signum: signal.signal(signum, ask) for signum in STOPS}
     try:
         yield
+    except Exception:
+        if not asked:
+            raise  # else of a worker that was ended before it could take a job
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
