@@ -9,13 +9,14 @@ import shlex
 import sys
 from typing import Any
 
+from ghostnet import rerun
 from ghostnet.config import flat
 from ghostnet.errors import UserError
 from ghostnet.loggers import jsonable
 from ghostnet.schema import did_you_mean
 from ghostnet.tools.diff import compare
 from ghostnet.tools.diff.folder import Run, read
-from ghostnet.tools.diff.words import Way, differ, literal, way
+from ghostnet.tools.diff.words import Way, differ, way
 
 FORM = "python -m ghostnet.tools.diff RUN_A RUN_B [json=true]"
 JSON = {"json=true": True, "format=json": True, "json=false": False, "format=text": False}
@@ -107,7 +108,7 @@ def _table(rows: list[tuple[str, ...]]) -> None:
 
 
 def _text(value: Any) -> str:  # noqa: ANN401 (a config's)
-    return value if isinstance(value, str) else literal(value)
+    return value if isinstance(value, str) else rerun.word(value)
 
 
 def _number(value: Any) -> str:  # noqa: ANN401 (a metric)

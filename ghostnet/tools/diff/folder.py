@@ -1,18 +1,18 @@
 """A run folder as it is read here, of this version or of an earlier one."""
 
 import contextlib
-import fcntl
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from ghostnet import record
 from ghostnet.config import Config, resolved
 from ghostnet.errors import UserError
+from ghostnet.rerun import own_words
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,8 @@ class Run:
     """metrics.jsonl."""
     patch: str
     """code.diff: what was not committed."""
-
-    @cached_property
-    def status(self) -> str:
-        """completed, failed, pruned, running or cut off."""
-        if self.result:
-            return str(self.result.get("status", "completed"))
-        with contextlib.suppress(OSError), (self.path / ".lock").open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return "running"
-        return "cut off"
+    status: str
+    """completed, failed, pruned, running or cut off."""
 
 
 def read(path: str) -> Run:
@@ -57,15 +47,16 @@ def read(path: str) -> Run:
         jobs = sorted(found.parent.name for found in folder.glob("*/config.yaml") if found.parent.name != ".hydra")
         some = f" It is a sweep: give one of its jobs, {folder / jobs[0]}." if jobs else ""
         raise UserError(f"{folder} is no run's folder: it has no config.yaml.{some}")
-    record = _json(folder / "run.json")
+    provenance = _json(folder / record.FILE)
     return Run(
         path=folder,
         config=_config(folder / "config.yaml"),
-        words=_words(folder, record),
-        record=record,
+        words=_words(folder, provenance),
+        record=provenance,
         result=_json(folder / "result.json"),
         rows=_rows(folder / "metrics.jsonl"),
-        patch=_text(folder / "code.diff"),
+        patch=_text(folder / record.DIFF),
+        status=record.status(folder),
     )
 
 
@@ -79,11 +70,12 @@ def _config(path: Path) -> Config:
     return resolved(loaded)
 
 
-def _words(folder: Path, record: dict[str, Any]) -> list[str] | None:
-    if isinstance(record.get("overrides"), list):
-        return [str(word) for word in record["overrides"]]
+def _words(folder: Path, provenance: dict[str, Any]) -> list[str] | None:
+    if isinstance(provenance.get("overrides"), list):
+        return own_words([str(word) for word in provenance["overrides"]])
     with contextlib.suppress(OSError, yaml.YAMLError):
-        return [str(word) for word in yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()) or []]
+        words = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+        return own_words([str(word) for word in words or []])
     return None
 
 

@@ -9,12 +9,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ghostnet import rerun
 from ghostnet.config import Config, flat, resolved, unresolved
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import CONF, check_command, groups, options, quoted
+from ghostnet.overrides import CONF, check_command, groups, options
+from ghostnet.sweeps import register
 
-NOT_OF_THE_RUN = {"resume"}
-"""Keys that say how a run was started, not what it is."""
+ALONE = "hydra.mode=RUN"
+"""Has an experiment that sweeps run one job."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def differ(one: Config, other: Config) -> list[str]:
     return [
         key
         for key in dict.fromkeys([*now, *then])
-        if key not in NOT_OF_THE_RUN and then.get(key, _ABSENT) != now.get(key, _ABSENT) and _counts(key, then, now)
+        if key not in rerun.OWN and then.get(key, _ABSENT) != now.get(key, _ABSENT) and _counts(key, then, now)
     ]
 
 
@@ -63,6 +65,7 @@ def way(words: list[str], config: Config, target: Config, hints: list[str]) -> W
 
     Each word that is given is needed: without any of them the config is another one.
     """
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         search = _Search(words, target)
         try:
@@ -73,17 +76,19 @@ def way(words: list[str], config: Config, target: Config, hints: list[str]) -> W
         found = search.needed(search.greedy(hints, start))
         left = search.left(found)
     try:
-        check_command("train", [*words, *found], multirun=False)
+        sweeps = check_command("train", [*words, *found], multirun=False).multirun
+        if sweeps:  # by an experiment, of which this is one job
+            check_command("train", [*words, *found, ALONE], multirun=False)
     except ConfigError as fault:
         return Way(found, left, str(fault), drifted)
-    return Way(found, left, None, drifted)
+    return Way([*found, *([ALONE] if sweeps else [])], left, None, drifted)
 
 
 class _Search:
     """Composes commands, each only once."""
 
     def __init__(self, words: list[str], target: Config) -> None:
-        self.words, self.target = [word for word in words if not word.startswith("resume=")], target
+        self.words, self.target = words, target
         self.values = dict(flat(target))
         self.known: dict[tuple[str, ...], Config | str] = {}
 
@@ -142,7 +147,7 @@ class _Search:
 
     def _own(self, key: str) -> str | None:
         """The word that sets one key alone; None where the target lacks it."""
-        return f"{key}={literal(self.values[key])}" if key in self.values else None
+        return f"{key}={rerun.word(self.values[key])}" if key in self.values else None
 
     def _saves(self, word: str, left: list[str], now: list[str]) -> bool:
         """Whether a word is shorter than those that would set its keys one by one."""
@@ -168,27 +173,3 @@ class _Search:
         if not values.keys() <= own or any(values.get(key) != self.values.get(key) for key in targets):
             return -1
         return sum(self.values[key] == value for key, value in values.items())
-
-
-def literal(value: Any) -> str:  # noqa: ANN401 (a config's)
-    """A value as hydra's grammar reads it back."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(literal, value))}]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{literal(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, str):
-        # Text that reads as something else, such as 1e5 or null, stays text in quotes.
-        return quoted(value) if value and not _reads_otherwise(value) else f"'{value}'"
-    return repr(value)
-
-
-def _reads_otherwise(text: str) -> bool:
-    if text.lower() in ("null", "true", "false", "nan", "inf"):
-        return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

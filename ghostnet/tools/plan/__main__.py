@@ -27,9 +27,12 @@ from ghostnet.config import Config
 from ghostnet.errors import ConfigError, explain
 from ghostnet.folders import Place, settle
 from ghostnet.overrides import Checked, check_command
+from ghostnet.rerun import expanded
+from ghostnet.sweeps import is_done
 from ghostnet.tools.plan import door
 
 if TYPE_CHECKING:
+    from ghostnet.tools.plan.curve import Curve
     from ghostnet.tools.plan.job import Job, Speed
 
 SLOWED_BY = ("model", "data", "amp", "device", "accumulate", "ema_decay", "sync_bn", "compile", "clip_grad_norm")
@@ -38,34 +41,34 @@ SLOWED_BY = ("model", "data", "amp", "device", "accumulate", "ema_decay", "sync_
 
 def plan(typed: list[str]) -> None:
     """Check, find out, print; UserError with one message."""
-    own, words, multirun = door.split(typed)
-    checked = check_command("train", words, multirun)
+    own, typed_words, flag = door.split(typed)
+    words = expanded(typed_words, flag)
+    checked = check_command("train", words, flag)
     for cfg in checked.jobs:
         launch.check_paths(cfg, trains=True)
-    place = settle(checked, words, multirun)
+    place = settle(checked, words)
 
     # From here on torch is needed.
     from ghostnet.loggers import jsonable
     from ghostnet.tools.plan import curve, page
 
-    jobs = examine(own, checked, words, place, multirun)
+    jobs = examine(own, checked, words, place)
     if own.plot:
-        different = {tuple(job.curve.sampled(200)): job.curve for job in jobs}
-        curve.draw(list(different.values()), own.plot)
+        curve.draw(curves(jobs), own.plot)
     if own.json:
         found: Any = [jsonable(page.as_json(job)) for job in jobs]
-        print(json.dumps(found if multirun else found[0], indent=1, allow_nan=False))
+        print(json.dumps(found if checked.multirun else found[0], indent=1, allow_nan=False))
         return
-    print(f"What would it do?  {shlex.join(['python', 'train.py', *(['-m'] if multirun else []), *words])}\n")
-    if multirun:
-        show_sweep(jobs, place)
+    print(f"What would it do?  {shlex.join(['python', 'train.py', *(['-m'] if flag else []), *typed_words])}\n")
+    if checked.multirun:
+        show_sweep(jobs, place, checked)
     else:
         show_run(jobs[0], checked, words)
     if own.plot:
         print(f"\n{own.plot} shows the learning rate.")
 
 
-def examine(own: door.Own, checked: Checked, words: list[str], place: Place, multirun: bool) -> "list[Job]":
+def examine(own: door.Own, checked: Checked, words: list[str], place: Place) -> "list[Job]":
     """All jobs with their facts and, where it is asked for, their speed."""
     from ghostnet.tools.plan.facts import Survey
     from ghostnet.tools.plan.job import Job
@@ -73,13 +76,25 @@ def examine(own: door.Own, checked: Checked, words: list[str], place: Place, mul
 
     survey, clock, jobs = Survey(), _Clock(own), []
     there = next(path for path in (place.folder.absolute(), *place.folder.absolute().parents) if path.exists())
-    words_of = door.words_of_jobs(words) if multirun else [words]
-    for number, (cfg, name) in enumerate(zip(checked.jobs, door.names(checked.jobs), strict=True)):
-        folder = place.folder / str(number) if multirun else place.folder
-        facts = survey.facts(cfg, composed(words_of[number]), folder)
-        speed = clock.speed(cfg, words_of[number], name, facts.missing)
-        jobs.append(Job(name, cfg, folder, not folder.exists(), shutil.disk_usage(there).free, facts, speed))
+    free = shutil.disk_usage(there).free
+    for cfg, planned in zip(checked.jobs, door.jobs(words, checked), strict=True):
+        folder = place.folder / planned.folder
+        facts = survey.facts(cfg, composed(planned.words), folder)
+        speed = clock.speed(cfg, planned, facts.missing)
+        done = bool(cfg["sweep"] and planned.folder) and is_done(folder)
+        jobs.append(Job(planned.name, cfg, folder, folder.exists(), done, free, facts, speed))
     return jobs
+
+
+def curves(jobs: "list[Job]") -> "list[Curve]":
+    """The learning rates of all jobs, each once; those of several jobs say of how many."""
+    of: dict[object, list[Job]] = {}
+    for job in jobs:
+        of.setdefault(tuple(job.curve.sampled(200)), []).append(job)
+    return [
+        replace(same[0].curve, name=same[0].name + (f" and {len(same) - 1} more" if len(same) > 1 else ""))
+        for same in of.values()
+    ]
 
 
 class _Clock:
@@ -89,7 +104,7 @@ class _Clock:
         self.own = own
         self.measured: dict[str, Speed] = {}
 
-    def speed(self, cfg: Config, words: list[str], name: str, missing: str | None) -> "Speed | None":
+    def speed(self, cfg: Config, planned: door.Planned, missing: str | None) -> "Speed | None":
         """Of one job; ConfigError where it is to be measured on a device that is not here."""
         from ghostnet.tools.plan.job import Speed
         from ghostnet.tools.plan.measure import measure
@@ -102,7 +117,7 @@ class _Clock:
             raise ConfigError(f"measure=…: {missing}")
         key = json.dumps([*(cfg.get(key) for key in SLOWED_BY), cfg["optim"]["_target_"]])
         if key not in self.measured:
-            found = measure(words, cfg, self.own.measure, _teller(name))
+            found = measure(planned.words, cfg, self.own.measure, _teller(planned.name))
             tell("")
             what = f"measured over {found.steps:,} steps, {found.seconds:.0f} s"
             what += f"; evaluation {found.eval_fps:,.1f} images/s" if found.eval_fps else "; no evaluation came in it"
@@ -127,36 +142,59 @@ def show_run(job: "Job", checked: Checked, words: list[str]) -> None:
     print("\n".join(page.config(job.cfg, choices)))
 
 
-def show_sweep(jobs: "list[Job]", place: Place) -> None:
-    """The table of a sweep's jobs, and what they take together."""
+def show_sweep(jobs: "list[Job]", place: Place, checked: Checked) -> None:
+    """The table of a sweep's jobs, and what is left of them takes together."""
     from rich.console import Console
     from rich.table import Column, Table
 
     from ghostnet.tools.plan import page
 
     right = ("parameters", "M multiply-adds", "batch", "steps", "peak rate", "memory", "disk", "time")
-    table = Table(
-        "job", Column("what it has of its own", overflow="fold"), *(Column(n, justify="right") for n in right)
-    )
+    numbers = [Column(heading, justify="right") for heading in right]
+    table = Table("job", Column("", overflow="fold"), *numbers)
     for number, job in enumerate(jobs):
         facts = job.facts
+        state = " (is done)" if job.done else f" (goes on at step {facts.start:,})" if facts.start else ""
         cells = [f"{facts.params:,}", f"{facts.macs / 1e6:,.1f}", f"{facts.global_batch_size:,}"]
-        cells += [f"{facts.steps:,}", f"{facts.peak:.4g}", page.size(facts.memory.total)]
-        cells += [page.size(2 * facts.checkpoint + job.metrics)]
-        cells += [page.duration(job.training + job.evaluating) if job.speed else "–"]
-        table.add_row(str(number), job.name, *cells)
+        cells += [f"{facts.steps:,}", f"{facts.peak:.4g}", page.size(facts.memory.total), page.size(job.disk)]
+        cells += [page.duration(job.seconds) if job.speed else "–"]
+        table.add_row(str(number), f"{job.name}{state}", *cells)
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
-    first = jobs[0].facts
-    print("\n".join(page.line("folder", str(place.folder))))
+    first, trials = jobs[0].facts, checked.hydra.sweeper.get("n_trials")
+    there = ", which is there: what is done is not done again" if place.given and place.folder.exists() else ""
+    print("\n".join(page.line("folder", f"{place.folder}{there}")))
     print("\n".join(page.line("device", first.device, *([f"not here: {first.missing}"] if first.missing else []))))
-    disk = sum(2 * job.facts.checkpoint + job.metrics for job in jobs)
-    total = f"{len(jobs)} jobs, {sum(job.facts.steps for job in jobs):,} steps, {sum(j.images for j in jobs):,} images"
-    total += f", {page.size(disk)} of disk of {page.size(jobs[0].free)} that are free"
+    if trials is not None and not all(checked.names):
+        print("\n".join(page.line("search", *_of_search(jobs, int(trials)))))
+    else:
+        print("\n".join(page.line("in all", _in_all([job for job in jobs if not job.done], jobs))))
+
+
+def _in_all(left: "list[Job]", jobs: "list[Job]") -> str:
+    from ghostnet.tools.plan import page
+
+    done = f" ({len(jobs) - len(left)} of {len(jobs)} are done)" if len(left) < len(jobs) else ""
+    total = (
+        f"{len(left)} jobs{done}, {sum(j.facts.steps for j in left):,} steps, {sum(j.images for j in left):,} images"
+    )
+    total += f", {page.size(sum(job.disk for job in left))} of disk of {page.size(jobs[0].free)} that are free"
+    if all(job.speed for job in left):
+        total += f", {page.duration(sum(job.seconds for job in left))} one after the other"
+        total += ", without starts, saving and waiting"
+    return total
+
+
+def _of_search(jobs: "list[Job]", trials: int) -> list[str]:
+    """Of a search only the corners of its space are known before."""
+    from ghostnet.tools.plan import page
+
+    lines = [f"{trials} trials; the table has those at the ends of each range"]
+    steps, disk = max(job.facts.steps for job in jobs), max(job.disk for job in jobs)
+    text = f"at most {trials * steps:,} steps, {page.size(trials * disk)} of disk"
     if all(job.speed for job in jobs):
-        seconds = sum(job.training + job.evaluating for job in jobs)
-        total += f", {page.duration(seconds)} one after the other, without starts, saving and waiting"
-    print("\n".join(page.line("in all", total)))
+        text += f", {page.duration(trials * max(job.seconds for job in jobs))} one after the other"
+    return [*lines, text]
 
 
 def tell(text: str) -> None:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ghostnet.config import Config, TrainConfig, flat
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import CONF, groups
+from ghostnet.overrides import CONF, Checked, groups
 from ghostnet.schema import did_you_mean, fields
+from ghostnet.sweeps import jobs_at_the_door, words_of
 
 OWN = ("fps", "measure", "plot", "json")
 MINUTE = 60.0
@@ -27,6 +27,18 @@ class Own:
     """Seconds."""
     plot: Path | None = None
     json: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One job before anything is known of it."""
+
+    name: str
+    """What it has of its own."""
+    words: list[str]
+    """Its overrides, as a command of its own."""
+    folder: str = ""
+    """In that of the sweep, where it is known already."""
 
 
 def split(typed: list[str]) -> tuple[Own, list[str], bool]:
@@ -81,17 +93,24 @@ def _value(key: str, value: str) -> object:
     return number
 
 
-def names(jobs: list[Config]) -> list[str]:
+def jobs(words: list[str], checked: Checked) -> list[Planned]:
+    """The jobs of a command that passed the door; of a search, those at the corners of its space."""
+    if not checked.multirun:
+        return [Planned("", words)]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        parsed = parser.parse_overrides([*words_of(checked.hydra.sweeper.get("params")), *words])
+        found = jobs_at_the_door(parsed, checked.hydra)
+    described = _described(checked.jobs)
+    return [
+        Planned(name or text, [*job.words, "hydra.mode=RUN"], name)
+        for job, name, text in zip(found, checked.names, described, strict=True)
+    ]
+
+
+def _described(jobs: list[Config]) -> list[str]:
     """What each of several jobs has of its own: 'optim.lr=0.2,seed=1'."""
     all_values = [dict(flat(cfg)) for cfg in jobs]
     keys = dict.fromkeys(key for values in all_values for key in values)
     differ = [key for key in keys if any(v.get(key) != all_values[0].get(key) for v in all_values)]
     return [",".join(f"{key}={values[key]}" for key in differ if key in values) for values in all_values]
-
-
-def words_of_jobs(words: list[str]) -> list[list[str]]:
-    """The words of each job of a sweep, in the order of its jobs; the sweep's own among none."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
-        jobs: list[list[str]] = BasicSweeper.split_arguments(parsed, None)[0]
-    return [[word for word in job if not word.startswith("hydra.")] for job in jobs]

@@ -191,9 +191,10 @@ def _device(cfg: Config) -> tuple[str, str, str | None]:
 
 def _start(cfg: Config, folder: Path) -> int:
     """The step that the job goes on from: of the checkpoint that train.py would take."""
-    if cfg["resume"] is None or (cfg["resume"] == "auto" and not (folder / checkpoint.LAST).exists()):
+    resume = "auto" if cfg["sweep"] else cfg["resume"]  # a sweep with a name goes on by itself
+    if resume is None or (resume == "auto" and not (folder / checkpoint.LAST).exists()):
         return 0
-    path = folder / checkpoint.LAST if cfg["resume"] == "auto" else checkpoint.find(cfg["resume"], checkpoint.LAST)
+    path = folder / checkpoint.LAST if resume == "auto" else checkpoint.find(resume, checkpoint.LAST)
     return int(checkpoint.load(path)["step"])
 
 

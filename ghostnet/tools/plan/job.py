@@ -31,8 +31,10 @@ class Job:
     """What it has of its own within a sweep."""
     cfg: Config
     folder: Path
-    new: bool
-    """Whether the folder would be made."""
+    there: bool
+    """Whether the folder is there already."""
+    done: bool
+    """Whether the sweep that it is a job of would leave it out, since it has come to its end."""
     free: int
     """Bytes on its disk."""
     facts: Facts
@@ -59,6 +61,16 @@ class Job:
         if self.speed is None:
             return 0.0
         return self.facts.evaluations * self.facts.val / (self.speed.eval_fps or self.speed.fps)
+
+    @property
+    def seconds(self) -> float:
+        """Training and evaluating."""
+        return self.training + self.evaluating
+
+    @property
+    def disk(self) -> int:
+        """Bytes that it leaves behind."""
+        return 2 * self.facts.checkpoint + self.metrics
 
     @property
     def metrics(self) -> int:

@@ -43,9 +43,10 @@ def measure(words: list[str], cfg: Config, seconds: float, tell: Callable[[str],
     with tempfile.TemporaryDirectory(prefix="ghostnet-plan") as name:
         folder = Path(name) / "run"
         own = [f"hydra.run.dir={folder}", "logger=default", "resume=null", "baseline=null", "save_every=null"]
+        own += ["hydra.mode=RUN"]
         own += [f"log_every={LOG_EVERY}"]
         own += ["data.cache_val=false"] if cfg["data"].get("cache_val") else []
-        kept = [word for word in words if not word.startswith(("logger", "hydra.run.dir"))]
+        kept = [word for word in words if not word.startswith(("logger", "hydra.run.dir", "sweep=", "rerun="))]
         command = [sys.executable, str(PROGRAM), *kept, *own]
         with (Path(name) / "said").open("w+") as said, _process(command, said) as process:
             started = time.monotonic()

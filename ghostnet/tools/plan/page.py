@@ -42,7 +42,7 @@ def size(count: float) -> str:
 def of_job(job: Job, curve_too: bool = True) -> list[str]:
     """All lines of one job."""
     facts, cfg = job.facts, job.cfg
-    lines = line("folder", f"{job.folder}{'' if job.new else ', which is there'}")
+    lines = line("folder", f"{job.folder}{', which is there' if job.there else ''}")
     lines += line("device", facts.device, *([f"not on this machine: {facts.missing}"] if facts.missing else []))
     lines += line("data", f"{facts.train:,} + {facts.val:,} images of {facts.classes:,} classes")
     some = f", {facts.trained:,} of them trained" if facts.trained < facts.params else ""
@@ -117,7 +117,7 @@ def _time(job: Job) -> list[str]:
     evaluated = f"{job.facts.evaluations:,} evaluations {duration(job.evaluating)}"
     bound = "" if speed.eval_fps else ", at the speed of training: they are faster than that"
     return [
-        f"{duration(job.training + job.evaluating)}: {job.images:,} images at {speed.fps:,.1f} images/s "
+        f"{duration(job.seconds)}: {job.images:,} images at {speed.fps:,.1f} images/s "
         f"{duration(job.training)}, {evaluated}{bound}; without start, saving and waiting",
         speed.told,
     ]
@@ -179,12 +179,12 @@ def as_json(job: Job) -> dict[str, Any]:
         "peak_lr": facts.peak,
         "lr": [[epoch, rate] for epoch, rate in job.curve.sampled(200)],
         "checkpoint_bytes": facts.checkpoint,
-        "disk_bytes": 2 * facts.checkpoint + job.metrics,
+        "disk_bytes": job.disk,
         "memory_bytes": facts.memory.total,
         "memory": facts.memory.parts,
         "fps": speed.fps if speed else None,
         "eval_fps": speed.eval_fps if speed else None,
-        "seconds": job.training + job.evaluating if speed else None,
+        "seconds": job.seconds if speed else None,
         "reference": command,
         "reference_lacks": unable,
         "config": job.cfg,

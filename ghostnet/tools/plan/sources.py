@@ -38,6 +38,7 @@ def differences(config: Config, choices: dict[str, Any], words: Sequence[str]) -
         own = ["~local"] if (CONF / "local" / "default.yaml").exists() else []
         plain = compose("train", overrides=own, return_hydra_config=True)
         raw = unresolved(compose("train", overrides=list(words)))
+    words = [word for word in words if not word.startswith("hydra")]
     usual = dict(plain.hydra.runtime.choices)
     bare = unresolved(plain)
     bare.pop("hydra")
