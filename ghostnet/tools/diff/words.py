@@ -12,8 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ghostnet import rerun
 from ghostnet.config import Config, flat, resolved, unresolved
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import CONF, check_command, groups, options
-from ghostnet.sweeps import register
+from ghostnet.overrides import check_command, groups, options
+from ghostnet.sweeps import CONF, register
 
 ALONE = "hydra.mode=RUN"
 """Has an experiment that sweeps run one job."""

@@ -10,9 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ghostnet.config import Config, TrainConfig, flat
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import CONF, Checked, groups
+from ghostnet.overrides import Checked, groups
 from ghostnet.schema import did_you_mean, fields
-from ghostnet.sweeps import jobs_at_the_door, words_of
+from ghostnet.sweeps import CONF, jobs_at_the_door, words_of
 
 OWN = ("fps", "measure", "plot", "json")
 MINUTE = 60.0

@@ -15,13 +15,14 @@ from ghostnet.amp import O2, Amp, Bf16
 from ghostnet.config import Config, build, build_model
 from ghostnet.data.datasets import check_same_classes
 from ghostnet.data.loader import AHEAD, TrainLoader
-from ghostnet.device import check_cards, choices, choose, describe, free_memory, images_at_once, peak_memory, resolve
+from ghostnet.device import images_at_once, peak_memory
 from ghostnet.distributed import ALONE, Ranks
 from ghostnet.ema import Ema
 from ghostnet.errors import ConfigError, UserError
 from ghostnet.metrics import mean_meter
 from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
 from ghostnet.optim import Schedule, Timeline, scaled_lr
+from ghostnet.tools.plan import machine
 from ghostnet.tools.plan.memory import Memory, nbytes, of_evaluation, of_passes
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Survey:
 
     def facts(self, cfg: Config, raw: Config, folder: Path) -> Facts:
         """The facts of one job. raw: its config with interpolations. ConfigError, UserError as train.py has them."""
-        kind, device, missing = _device(cfg)
+        kind, device, missing = machine.device(cfg)
         train, val = self._splits(cfg)
         ranks, data = Ranks(0, cfg["device"]["count"]), cfg["data"]
         unused: Any = None
@@ -134,7 +135,7 @@ class Survey:
             evaluations=_evaluations(cfg, epochs, start // steps_per_epoch),
             checkpoint=model["checkpoint"],
             memory=self._memory(cfg, kind, model, len(train), len(val)),
-            available=None if missing else _available(kind),
+            available=None if missing else machine.available(kind),
         )
 
     def _splits(self, cfg: Config) -> "tuple[Dataset, Dataset]":
@@ -174,21 +175,6 @@ class Survey:
         return Memory(parts)
 
 
-def _device(cfg: Config) -> tuple[str, str, str | None]:
-    """(kind, in words, why the job could not start here)."""
-    node = cfg["device"]
-    many = f", {node['count']} ranks" if node["count"] > 1 else ""
-    try:
-        kind, why = choose(node["kind"])
-        check_cards(kind, node["count"], node["ids"])
-    except UserError as fault:
-        cards = f" {', '.join(map(str, node['ids']))}" if node["ids"] else ""
-        return node["kind"], f"{node['kind']}{cards}{many}", str(fault)
-    device = resolve(kind, (node["ids"] or [0])[0])
-    auto = f" ({why})" if node["kind"] == "auto" else ""
-    return kind, f"{device}: {describe(device)}, {choices(device)}{many}{auto}", None
-
-
 def _start(cfg: Config, folder: Path) -> int:
     """The step that the job goes on from: of the checkpoint that train.py would take."""
     resume = "auto" if cfg["sweep"] else cfg["resume"]  # a sweep with a name goes on by itself
@@ -202,17 +188,6 @@ def _evaluations(cfg: Config, epochs: int, done: int) -> int:
     """How many evaluations there are after `done` epochs; twice as many with an average."""
     due = sum(1 for epoch in range(done + 1, epochs + 1) if epoch % cfg["eval_every"] == 0 or epoch == epochs)
     return due * (2 if cfg["ema_decay"] else 1)
-
-
-def _available(kind: str) -> int | None:
-    """Bytes of the device, whoever uses them."""
-    if kind != "cpu":
-        return free_memory(resolve(kind))[1]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
-    except (OSError, StopIteration):
-        return None
 
 
 def _examine(cfg: Config, kind: str, about: dict[str, Any], total_steps: int, epochs: int) -> dict[str, Any]:

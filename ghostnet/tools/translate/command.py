@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from ghostnet.config import flat, unresolved
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import CONF, check_command, quoted
+from ghostnet.overrides import check_command, quoted
+from ghostnet.sweeps import CONF, register
 from ghostnet.tools.translate.flags import OPTIMIZERS, OWN_OF, SCRIPTS
 from ghostnet.tools.translate.shell import UNKNOWN, Line
 
@@ -143,6 +144,7 @@ def _cards(line: Line, command: Command) -> int:
 
 def _composed(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the chosen option of each group, all values) of a command."""
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=words, return_hydra_config=True)
     raw = unresolved(cfg)
