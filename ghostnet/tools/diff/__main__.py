@@ -64,32 +64,30 @@ def _command(one: Run, found: Way) -> str:
     return shlex.join(["python", "train.py", *(one.words or []), *found.words])
 
 
-def show(found: dict[str, Any], has_words: bool) -> None:
-    """Print it for people."""
-    print(f"A  {found['runs'][0]}\nB  {found['runs'][1]}")
+def page(found: dict[str, Any], has_words: bool) -> str:
+    """All of it for people."""
+    lines = [f"A  {found['runs'][0]}", f"B  {found['runs'][1]}"]
     for name in ("config", "code", "environment"):
         pairs = found[name]
-        print(f"\n{name}{'' if pairs else ': the same'}")
-        _table([(key, _text(a), _text(b)) for key, a, b in pairs])
-    print("\nmetrics")
-    _table([(name, _number(a), _number(b), _difference(a, b)) for name, a, b in found["metrics"]])
-    print(f"  {_of_losses(found['loss'])}")
-    print("\nfrom A to B")
+        lines += ["", f"{name}{'' if pairs else ': the same'}"]
+        lines += _table([(key, _text(a), _text(b)) for key, a, b in pairs])
+    lines += ["", "metrics"]
+    lines += _table([(name, _number(a), _number(b), _difference(a, b)) for name, a, b in found["metrics"]])
+    lines += [f"  {_of_losses(found['loss'])}", "", "from A to B"]
     if not has_words:
-        print("  A has not kept its overrides: these are added to the plain command")
-    for key in found["drifted"]:
-        print(f"  note: conf/ has changed since A: its own command gives another {key} now")
+        lines.append("  A has not kept its overrides: these are added to the plain command")
+    lines += [f"  note: conf/ has changed since A: its own command gives another {key} now" for key in found["drifted"]]
     if found["fault"]:
         fault = found["fault"].replace("\n       ", "\n    ")
-        print(f"  the command can't be run with the conf/ of today:\n    {fault}")
-    elif not found["overrides"]:
-        print("  nothing to add: A's own command gives B's config" if not found["not_reached"] else "")
-    for word in found["overrides"]:
-        print(f"  {shlex.quote(word)}")
+        lines += ["  the command can't be run with the conf/ of today:", f"    {fault}"]
+    elif not found["overrides"] and not found["not_reached"]:
+        lines.append("  nothing to add: A's own command gives B's config")
+    lines += [f"  {shlex.quote(word)}" for word in found["overrides"]]
     if found["not_reached"]:
-        print(f"  no override changes {', '.join(found['not_reached'])}")
+        lines.append(f"  no override changes {', '.join(found['not_reached'])}")
     if found["command"] and found["overrides"]:
-        print(f"\n{found['command']}")
+        lines += ["", found["command"]]
+    return "\n".join(lines)
 
 
 def _of_losses(loss: dict[str, Any]) -> str:
@@ -101,10 +99,11 @@ def _of_losses(loss: dict[str, Any]) -> str:
     return f"train/loss differs from step {loss['first_step_that_differs']} on: {_number(a)} and {_number(b)}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> None:
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(max(map(len, rows), default=0))]
-    for row in rows:
-        print(f"  {'  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True))}".rstrip())
+    return [
+        f"  {'  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True))}".rstrip() for row in rows
+    ]
 
 
 def _text(value: Any) -> str:  # noqa: ANN401 (a config's)
@@ -140,7 +139,7 @@ def main(typed: list[str]) -> int:
     if as_json:
         print(json.dumps(jsonable(found), indent=1, default=str))
     else:
-        show(found, one.words is not None)
+        print(page(found, one.words is not None))
     return 0
 
 

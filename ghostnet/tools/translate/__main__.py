@@ -13,16 +13,15 @@ from ghostnet.tools.translate.command import ITSELF, NONE, NOTE, NOTHING, WARNIN
 from ghostnet.tools.translate.shell import FORM, parse
 
 
-def show(command: Command) -> None:
-    """Print the command, then the remarks under their headings."""
-    print(shlex.join(["python", f"{command.program}.py", *command.words]))
+def page(command: Command) -> str:
+    """The command, then the remarks under their headings."""
+    lines = [shlex.join(["python", f"{command.program}.py", *command.words])]
     for heading in (WARNING, NOTHING, NONE, ITSELF, NOTE):
         remarks = [(text, why) for kind, text, why in command.remarks if kind == heading]
-        if remarks:
-            width = max(len(text) for text, _ in remarks)
-            print(f"\n{heading}:")
-            for text, why in remarks:
-                print(f"  {text:<{width}}{'  ' if width else ''}{why}")
+        width = max((len(text) for text, _ in remarks), default=0)
+        lines += ["", f"{heading}:"] if remarks else []
+        lines += [f"  {text:<{width}}{'  ' if width else ''}{why}" for text, why in remarks]
+    return "\n".join(lines)
 
 
 def main(words: list[str]) -> int:
@@ -33,7 +32,7 @@ def main(words: list[str]) -> int:
     try:
         if not words:
             raise UserError(f"which command? {FORM}")
-        show(translate(parse(words[0] if len(words) == 1 else shlex.join(words))))
+        print(page(translate(parse(words[0] if len(words) == 1 else shlex.join(words)))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

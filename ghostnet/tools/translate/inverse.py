@@ -53,7 +53,7 @@ def _line(values: dict[str, Any], classes: int) -> str:
         value = values.get(flag.key)
         if flag.of == "evaluate" or flag.fate != "home" or flag.key not in values or value == flag.default:
             continue
-        if flag.key in ("resume", "model.num_classes", "data.image_size", "ema") or value in (None, False):
+        if flag.key in ("resume", "model.num_classes", "data.image_size", "ema") or value is None or value is False:
             continue
         if flag.key.startswith("data.preprocessing.") and value == _USUAL.get(flag.key):
             continue
