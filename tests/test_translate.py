@@ -66,7 +66,7 @@ EXAMPLES = {
     "--opt": "adamw", "--opt-betas": "0.8 0.9", "--dist-bn": "broadcast", "--interpolation": "bilinear",
     "--train-interpolation": "bicubic", "--input-size": "3 192 192", "--resume": "a.pt", "--output": "runs/a",
     "--width": "0.7", "--checkpoint": "w.pth", "--mixup-mode": "elem", "--drop": "0.3", "--epochs": "9",
-    "--hflip": "0.25", "--world_size": "2", "--img-size": "192", "--decay-epochs": "5",
+    "--hflip": "0.25", "--world_size": "2", "--img-size": "192", "--decay-epochs": "5", "--mixup-switch-prob": "0.3",
 }  # fmt: skip
 
 

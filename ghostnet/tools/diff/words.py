@@ -54,6 +54,8 @@ def _counts(key: str, *sides: dict[str, Any]) -> bool:
     lacking = [side for side in sides if key not in side]
     if not lacking:
         return True
+    if any(other.startswith(f"{key}.") for side in lacking for other in side):
+        return True  # null here, a node there
     parent = key.rpartition(".")[0]
     targets = {side.get(f"{parent}._target_") for side in sides}
     # A node without a constructor, or with the same one on both sides, grew: logger.wandb null or {…} did not.
