@@ -65,9 +65,10 @@ def split(typed: list[str]) -> tuple[Own, list[str], bool]:
 
 
 def _check_near(key: str) -> None:
-    """ConfigError for what is nearly a word of the plan, and nothing like one of train.py."""
+    """ConfigError for what is nearer to a word of the plan than to any key or group of train.py."""
     known = [*fields(TrainConfig), *groups()]
-    if "." not in key and key not in known and not did_you_mean(key, known) and (near := did_you_mean(key, OWN)):
+    near = did_you_mean(key, [*known, *OWN])
+    if "." not in key and key not in known and near.removeprefix(" Did you mean ").rstrip("?") in OWN:
         raise ConfigError(f"{key}: no such word.{near}")
 
 

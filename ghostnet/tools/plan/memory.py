@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from ghostnet.amp import Amp
 from ghostnet.models import layers
 
-BATCHES = 8, 16
-"""Images of the two passes that are watched."""
+PIXELS = 16 * 224 * 224
+"""Of the larger of the two batches that are watched, where the run's own is not smaller."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,15 @@ def of_evaluation(model: nn.Module, amp: Amp, image_size: int, batch_size: int) 
 
 
 def _scaled(passes: Callable[[Tensor, Tensor], None], image_size: int, batch_size: int, kind: str) -> int:
-    peaks: list[int] = []
-    for count in BATCHES:
+    most = max(2, min(batch_size, round(PIXELS / image_size**2)))
+    counts, peaks = (most // 2, most), []
+    for count in counts:
         pixels = torch.zeros(count, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
         with _layers_of(kind), Watch() as watch:
             passes(pixels + torch.rand_like(pixels), torch.zeros(count, dtype=torch.int64))
         peaks.append(watch.peak)
-    each: float = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
-    return round(peaks[0] + each * (batch_size - BATCHES[0]))
+    each: float = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
+    return round(peaks[1] + each * (batch_size - counts[1]))
 
 
 @contextlib.contextmanager
