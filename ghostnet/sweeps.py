@@ -198,7 +198,7 @@ def jobs_at_the_door(parsed: Sequence[Override], hydra: DictConfig | None) -> li
 
 
 def space_of(parsed: Sequence[Override]) -> tuple[dict[str, str], dict[str, Override]]:
-    """The keys of a search with one value, and those that are searched; of a key that is given twice the last counts."""
+    """The keys of a search with one value, and those that are searched; the last counts of a key given twice."""
     last = {override.get_key_element(): override for override in parsed}
     fixed = {key: o.get_value_element_as_str() for key, o in last.items() if not o.is_sweep_override()}
     return fixed, {key: override for key, override in last.items() if key not in fixed}
