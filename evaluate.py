@@ -1,4 +1,10 @@
-"""Evaluate a checkpoint: python evaluate.py ckpt=FILE|RUN_FOLDER [data.root=…] -> Acc@1, Acc@5, loss, FPS."""
+"""Evaluate a checkpoint: Acc@1, Acc@5, loss, images per second.
+
+python evaluate.py ckpt=FILE|RUN_FOLDER [data.root=…]    model, data, precision: those of the checkpoint, if it is ours
+python evaluate.py ckpt=outputs/…/best.pt device=npu_8p  over all ranks, the same numbers
+python evaluate.py ckpt=ghostnet.pth data.root=/data/imagenet   anybody's GhostNet; model=ghostnet_130 for 1.3x
+python evaluate.py … --cfg job                           the whole config of a command, nothing run
+"""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -110,7 +116,7 @@ def with_saved(cfg: DictConfig, saved: dict[str, Any], overrides: list[str]) -> 
     config = resolved(merged)
     faults = check("evaluate", {key: config[key] for key in ("ckpt", "ema", "model", "data", "amp", "device")})
     if faults:
-        raise ConfigError("\n       ".join(faults))
+        raise ConfigError("\n       ".join(map(str, faults)))
     return config
 
 

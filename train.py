@@ -1,4 +1,16 @@
-"""Train GhostNet: python train.py [group=option …] [key=value …]; python train.py -m key=a,b for a sweep."""
+"""Train GhostNet.
+
+  python train.py [group=option …] [key=value …]           one run, in a folder of its own
+  python train.py experiment=quickstart                    on images that ship with it, about a minute on two cores
+  python train.py data.root=/data/imagenet                 ImageNet: train/<class>/*, val/<class>/*
+  python train.py -m optim.lr=0.2,0.4 seed=1,2 …           a sweep: a job for each combination, a table at the end
+  python train.py … hydra.run.dir=runs/a resume=auto       go on where runs/a was stopped, or start it
+  python train.py optim=adamw data=shards --help           this page, with the values of those options
+  python train.py … --cfg job                              the whole config of a command, nothing run
+  eval "$(python train.py --shell-completion install=bash)"    completion of groups, options, keys; also fish, zsh
+
+--hydra-help tells of Hydra's own flags and settings.
+"""
 
 import contextlib
 import shutil

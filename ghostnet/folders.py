@@ -52,7 +52,7 @@ def settle(checked: Checked, words: Sequence[str], multirun: bool) -> Place:
     if not multirun and resume not in (None, "auto"):
         path = Path(resume).expanduser()
         if not path.exists():
-            raise ConfigError(f"{path} does not exist: give a checkpoint file or a run folder.")
+            raise ConfigError(f"resume={resume}: {resume} does not exist. Give a checkpoint file or a run folder.")
         home = path if path.is_dir() else path.parent
         folder = folder if given else home
         if path.is_file() and path.name != "last.pt" and folder.resolve() == home.resolve():

@@ -1,6 +1,8 @@
 """From a command line to jobs: the door, ranks, what becomes of a job's errors, the table of a sweep."""
 
+import argparse
 import contextlib
+import functools
 import json
 import logging
 import logging.config
@@ -21,10 +23,14 @@ from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.config import Config, resolved, unresolved
+from ghostnet import manual
+from ghostnet.composing import Look
+from ghostnet.config import Config, flat, resolved, unresolved
+from ghostnet.conflicts import lacks
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError, explain
-from ghostnet.folders import check_resume, claim, leave_no_empty_run, settle, write_json
-from ghostnet.overrides import Checked, check_command, quoted
+from ghostnet.folders import Place, baseline, check_resume, claim, leave_no_empty_run, settle, write_json
+from ghostnet.overrides import Checked, examine, quoted, refuse
+from ghostnet.schema import Fault, did_you_mean
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -66,32 +72,79 @@ def command_line(words: list[str]) -> str:
     return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
+class _Arguments(argparse.Namespace):
+    """The flags of a command, and its words."""
+
+    help: bool
+    hydra_help: bool
+    shell_completion: bool
+    multirun: bool
+    info: str | None
+    cfg: str | None
+    config_name: str | None
+    config_dir: str | None
+    config_path: str | None
+    overrides: list[str]
+
+
+def arguments() -> _Arguments:
+    """Hydra's flags and the words; one message and exit code 1 where a flag is none of Hydra's."""
+    parser = get_args_parser()
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+
+    def refuse_flag(message: str) -> NoReturn:
+        wrong = message.partition("unrecognized arguments: ")[2].split()
+        if wrong and not wrong[0].startswith("-"):
+            message, wrong = f"{' '.join(wrong)}: words stand together, flags before or behind them", []
+        key = wrong[0].lstrip("-").partition("=")[0].replace("-", "_") if wrong else ""
+        # As other programs take them: --epochs 3, --epochs=3.
+        same = next((line for line in manual.settings() if key and line.rpartition(".")[2] == key), None)
+        hint = (
+            f" Settings are given without dashes: {same}=…" if same else did_you_mean(wrong[0], flags) if wrong else ""
+        )
+        say(f"error: {f'{wrong[0]}: no such flag.' if wrong else f'{message}.'}{hint} --help tells what there is.")
+        raise SystemExit(1)
+
+    parser.error = refuse_flag  # type: ignore[method-assign]
+    args = parser.parse_args(namespace=_Arguments())
+    if args.config_name or args.config_dir or args.config_path:
+        flag = "--config-name" if args.config_name else "--config-dir" if args.config_dir else "--config-path"
+        refuse_flag(
+            f"{flag}: this program reads its own conf/. Settings that go together make an experiment there, "
+            "conf/experiment/NAME.yaml, which experiment=NAME chooses"
+        )
+    if asked := [flag for flag in ("cfg", "info", "shell_completion") if args.multirun and getattr(args, flag)]:
+        refuse_flag(f"-m: --{asked[0].replace('_', '-')} is of one job, leave -m out")
+    return args
+
+
 def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     """Check the whole command, settle its folder, and run main(); exits with 1 where anything failed.
 
     name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
     Of ranks that torchrun or srun started, the main one does so; the others take their jobs from it.
     """
+    args = arguments()
+    if args.help:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of a pager that is closed
+        print(manual.page(name, sys.modules["__main__"].__doc__ or "", args.overrides))
+        return
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGUSR1, _terminated)  # how Slurm warns of a time limit, where it is asked to
     ranks = _join()
     if ranks is not None and not ranks.is_main:
         sys.exit(_serve(ranks, run))
-    args = get_args_parser().parse_args()
-    asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
+    asks = args.hydra_help or args.shell_completion or args.info or args.cfg
     folder, code = None, 0
     try:
-        if not (args.help or args.hydra_help or args.shell_completion):
-            checked = check_command(args.config_name or name, args.overrides, args.multirun)
-            _check_ranks(checked, ranks)
-            if not asks:
-                for job in checked.jobs:
-                    check_paths(job, trains)
-            if trains and not asks:
-                place = settle(checked, typed, args.multirun)
+        if not (args.hydra_help or args.shell_completion):
+            look: Look = Beside(trains) if not asks else lambda _: []
+            checked = examine(name, args.overrides, args.multirun, look)
+            place = pass_door(checked, ranks, args.multirun, trains and not asks)
+            if place is not None:
                 folder = claim(place)
                 sys.argv.append(f"{place.key}={quoted(folder)}")
-            elif args.multirun:
+            elif args.multirun and not trains:
                 raise ConfigError(f"-m is for train.py: {name}.py takes one command at a time.")
         main()
     except ConfigError as error:
@@ -150,9 +203,28 @@ def _serve(ranks: "Ranks", run: Run) -> int:
     return 0
 
 
+def pass_door(checked: Checked, ranks: "Ranks | None", multirun: bool, settles: bool) -> Place | None:
+    """One ConfigError with all that is wrong with a command -> where it leaves its files, if it settles at all."""
+    faults, place = list(checked.faults), None
+    try:
+        _check_ranks(checked, ranks)
+    except ConfigError as error:
+        faults.append(str(error))
+    if settles:
+        try:
+            place = settle(checked, typed, multirun)
+        except ConfigError as error:
+            faults += [str(error)] if not any(fault.startswith(str(error)) for fault in faults) else []
+        except Exception:
+            if not faults:  # else it had faulty values to read
+                raise
+    refuse(faults)
+    return place
+
+
 def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
     """ConfigError where the ranks that were started are not those that the command asks for."""
-    counts = {job["device"]["count"] for job in checked.jobs} - {ranks.local_size if ranks else 0}
+    counts = {job["device"]["count"] for job in checked.jobs if job} - {ranks.local_size if ranks else 0}
     if ranks is not None and counts:
         raise ConfigError(
             f"device.count={counts.pop()}, but {ranks.starter} started {ranks.local_size} on this machine. "
@@ -160,19 +232,44 @@ def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
         )
 
 
-def check_paths(cfg: Config, trains: bool) -> None:
-    """ConfigError where a file or folder that a job names is not there, before torch is loaded for it."""
-    files = [cfg["model"]["weights"]] if trains else [cfg["ckpt"]]
-    for path in filter(None, files):
-        if not Path(path).expanduser().exists():
-            raise ConfigError(f"{path} does not exist: give a checkpoint file{'' if trains else ' or a run folder'}.")
-    node = cfg["data"]["dataset"]
-    if trains and (find := getattr(get_object(node["_target_"]), "find", None)):
-        try:
-            for split in ("train", "val"):
-                find(split, node["root"])
-        except UserError as error:
-            raise ConfigError(str(error)) from None
+@dataclass(frozen=True)
+class Beside:
+    """What is wrong with a job beside its config: what it names is not there, or this machine hasn't it."""
+
+    trains: bool
+
+    def __call__(self, cfg: Config) -> list[Fault]:
+        """Asked before torch is loaded. Values of a wrong type are told elsewhere."""
+        values = dict(flat(cfg))
+        kinds = {"model.weights": "", "resume": " or a run folder"} if self.trains else {"ckpt": " or a run folder"}
+        found = []
+        for key, more in kinds.items():
+            path = values.get(key)
+            if path and isinstance(path, str) and path != "auto" and not Path(path).expanduser().exists():
+                text = f"{key}={path}: {path} does not exist. Give a checkpoint file{more}."
+                found.append(Fault((key,), text))
+        if self.trains and (text := _no_data(values.get("data.dataset._target_"), values.get("data.dataset.root"))):
+            found.append(Fault(("data.root",), text, has_place=values["data.dataset.root"] is not None))
+        if self.trains and isinstance(path := values.get("baseline"), str):
+            try:
+                baseline(path)
+            except ConfigError as error:
+                found.append(Fault(("baseline",), str(error)))
+        return found + lacks(values)
+
+
+@functools.cache
+def _no_data(target: Any, root: Any) -> str:  # noqa: ANN401 (values of any config)
+    """Why a data set can't be found, '' where it can, or where that can't be told yet."""
+    with contextlib.suppress(ImportError, ValueError, TypeError):  # the config's faults name such a target
+        find = getattr(get_object(target), "find", None)
+        if find and isinstance(root, str | None):
+            try:
+                for split in ("train", "val"):
+                    find(split, root)
+            except UserError as error:
+                return str(error)
+    return ""
 
 
 def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN401 (for run)

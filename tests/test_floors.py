@@ -8,14 +8,16 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 FLOORS = [
-    {"errors"},
+    {"errors", "groups", "drivers"},
     {"schema"},
+    {"conflicts", "origins"},
     {"device", "seeding"},
     {"distributed", "models", "optim", "ema"},
     {"data", "amp", "metrics", "checkpoint", "loggers", "signals", "elastic"},
     {"engine"},
     {"config"},
-    {"overrides"},
+    {"composing"},
+    {"overrides", "manual"},
     {"folders"},
     {"launch"},
     {"train", "evaluate", "tools"},
