@@ -22,7 +22,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ghostnet import folders, launch
-from ghostnet.config import build, build_model, changes, check_same_run
+from ghostnet.config import build, build_model, changes, check_same_run, same_batch
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     # Device
     ranks, device, words = settle(ranks, cfg["device"]["kind"], cfg["device"]["ids"])
     console.say(f"device  {words}")
+    amp = build(cfg["amp"])
+    amp.check(device)
 
     # Data
     with ranks.main_first():
@@ -107,7 +109,6 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     if cfg["sync_bn"]:
         check_sync_bn(device)
         model = synchronized(model, ranks)
-    amp = build(cfg["amp"])
     optimizer = amp.initialize(model, lambda named: build(cfg["optim"] | {"lr": peak}, named), device)
     schedule = build(cfg["schedule"], Timeline(peak, cfg["epochs"], steps_per_epoch))
     epochs = cfg["epochs"] + cfg["schedule"]["cooldown_epochs"]
@@ -116,8 +117,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         f"steps   {total_steps:,}: {epochs} epochs of {steps_per_epoch:,} at a global batch of {global_batch_size:,}, "
         f"peak learning rate {peak:.4g}, amp {amp.name}"
     )
-    if cfg["schedule"]["warmup_epochs"] >= epochs:
-        console.say(f"note    the warm-up fills all of the training and never reaches the peak of {peak:.4g}")
+    if cfg["schedule"]["warmup_epochs"] == epochs:
+        console.say(f"note    the warm-up fills all of the training, and comes to the peak of {peak:.4g} at its end")
     mix = build(data["mix"])
     recipe = engine.Recipe(
         preprocessing, mix, schedule, seed, cfg["label_smoothing"], cfg["clip_grad_norm"], accumulate
@@ -131,7 +132,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         if saved["global_batch_size"] != global_batch_size:
             raise ConfigError(
                 f"resume: the global batch was {saved['global_batch_size']}, is {global_batch_size}: "
-                f"{ranks.world_size} ranks × data.batch_size × accumulate. Give the data.batch_size that keeps it."
+                f"{ranks.world_size} ranks × data.batch_size × accumulate. "
+                f"{same_batch(saved['global_batch_size'], ranks.world_size, accumulate)}"
             )
         for change in changes(saved["config"], cfg):
             console.say(f"note    {change}")

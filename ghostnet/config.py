@@ -179,12 +179,22 @@ def check_same_run(saved: Config, config: Config) -> None:
     differ = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in FIXED if then.get(key) != now.get(key)]
     batches = [values["data.batch_size"] * values["device.count"] for values in (then, now)]
     if batches[0] != batches[1]:
-        differ.append(f"data.batch_size × device.count was {batches[0]}, is {batches[1]}")
+        way_out = same_batch(batches[0], now["device.count"], 1)
+        differ.append(f"data.batch_size × device.count was {batches[0]}, is {batches[1]} ({way_out.rstrip('.')})")
     if differ:
         raise ConfigError(
             f"resume: the checkpoint is of another run: {'; '.join(differ)}. Repeat its settings, or start a new run "
             "from its weights with model.weights=PATH."
         )
+
+
+def same_batch(global_batch_size: int, ranks: int, accumulate: int) -> str:
+    """How so many ranks keep a global batch, in a sentence."""
+    size, rest = divmod(global_batch_size, ranks * accumulate)
+    if rest or not size:
+        parts = f"{ranks} ranks{f' × accumulate={accumulate}' if accumulate > 1 else ''}"
+        return f"{global_batch_size} is not divisible by {parts}: give a device.count that divides it."
+    return f"Give data.batch_size={size}, which keeps it."
 
 
 def changes(saved: Config, config: Config) -> list[str]:

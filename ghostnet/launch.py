@@ -1,8 +1,6 @@
 """From a command line to jobs: the door, ranks, what becomes of a job's errors, the table of a sweep."""
 
-import argparse
 import contextlib
-import functools
 import json
 import logging
 import logging.config
@@ -17,20 +15,18 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet import manual
 from ghostnet.composing import Look
-from ghostnet.config import Config, flat, resolved, unresolved
-from ghostnet.conflicts import lacks
+from ghostnet.config import Config, resolved, unresolved
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError, explain
-from ghostnet.folders import Place, baseline, check_resume, claim, leave_no_empty_run, settle, write_json
+from ghostnet.flags import arguments
+from ghostnet.folders import Place, check_resume, claim, leave_no_empty_run, settle, write_json
 from ghostnet.overrides import Checked, examine, quoted, refuse
-from ghostnet.schema import Fault, did_you_mean
+from ghostnet.presence import Presence
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -72,52 +68,6 @@ def command_line(words: list[str]) -> str:
     return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
-class _Arguments(argparse.Namespace):
-    """The flags of a command, and its words."""
-
-    help: bool
-    hydra_help: bool
-    shell_completion: bool
-    multirun: bool
-    info: str | None
-    cfg: str | None
-    config_name: str | None
-    config_dir: str | None
-    config_path: str | None
-    overrides: list[str]
-
-
-def arguments() -> _Arguments:
-    """Hydra's flags and the words; one message and exit code 1 where a flag is none of Hydra's."""
-    parser = get_args_parser()
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-
-    def refuse_flag(message: str) -> NoReturn:
-        wrong = message.partition("unrecognized arguments: ")[2].split()
-        if wrong and not wrong[0].startswith("-"):
-            message, wrong = f"{' '.join(wrong)}: words stand together, flags before or behind them", []
-        key = wrong[0].lstrip("-").partition("=")[0].replace("-", "_") if wrong else ""
-        # As other programs take them: --epochs 3, --epochs=3.
-        same = next((line for line in manual.settings() if key and line.rpartition(".")[2] == key), None)
-        hint = (
-            f" Settings are given without dashes: {same}=…" if same else did_you_mean(wrong[0], flags) if wrong else ""
-        )
-        say(f"error: {f'{wrong[0]}: no such flag.' if wrong else f'{message}.'}{hint} --help tells what there is.")
-        raise SystemExit(1)
-
-    parser.error = refuse_flag  # type: ignore[method-assign]
-    args = parser.parse_args(namespace=_Arguments())
-    if args.config_name or args.config_dir or args.config_path:
-        flag = "--config-name" if args.config_name else "--config-dir" if args.config_dir else "--config-path"
-        refuse_flag(
-            f"{flag}: this program reads its own conf/. Settings that go together make an experiment there, "
-            "conf/experiment/NAME.yaml, which experiment=NAME chooses"
-        )
-    if asked := [flag for flag in ("cfg", "info", "shell_completion") if args.multirun and getattr(args, flag)]:
-        refuse_flag(f"-m: --{asked[0].replace('_', '-')} is of one job, leave -m out")
-    return args
-
-
 def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     """Check the whole command, settle its folder, and run main(); exits with 1 where anything failed.
 
@@ -138,7 +88,7 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     folder, code = None, 0
     try:
         if not (args.hydra_help or args.shell_completion):
-            look: Look = Beside(trains) if not asks else lambda _: []
+            look: Look = Presence(trains) if not asks else lambda *_: []
             checked = examine(name, args.overrides, args.multirun, look)
             place = pass_door(checked, ranks, args.multirun, trains and not asks)
             if place is not None:
@@ -230,46 +180,6 @@ def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
             f"device.count={counts.pop()}, but {ranks.starter} started {ranks.local_size} on this machine. "
             f"Give device.count={ranks.local_size}, or start as many as that."
         )
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What is wrong with a job beside its config: what it names is not there, or this machine hasn't it."""
-
-    trains: bool
-
-    def __call__(self, cfg: Config) -> list[Fault]:
-        """Asked before torch is loaded. Values of a wrong type are told elsewhere."""
-        values = dict(flat(cfg))
-        kinds = {"model.weights": "", "resume": " or a run folder"} if self.trains else {"ckpt": " or a run folder"}
-        found = []
-        for key, more in kinds.items():
-            path = values.get(key)
-            if path and isinstance(path, str) and path != "auto" and not Path(path).expanduser().exists():
-                text = f"{key}={path}: {path} does not exist. Give a checkpoint file{more}."
-                found.append(Fault((key,), text))
-        if self.trains and (text := _no_data(values.get("data.dataset._target_"), values.get("data.dataset.root"))):
-            found.append(Fault(("data.root",), text, has_place=values["data.dataset.root"] is not None))
-        if self.trains and isinstance(path := values.get("baseline"), str):
-            try:
-                baseline(path)
-            except ConfigError as error:
-                found.append(Fault(("baseline",), str(error)))
-        return found + lacks(values)
-
-
-@functools.cache
-def _no_data(target: Any, root: Any) -> str:  # noqa: ANN401 (values of any config)
-    """Why a data set can't be found, '' where it can, or where that can't be told yet."""
-    with contextlib.suppress(ImportError, ValueError, TypeError):  # the config's faults name such a target
-        find = getattr(get_object(target), "find", None)
-        if find and isinstance(root, str | None):
-            try:
-                for split in ("train", "val"):
-                    find(split, root)
-            except UserError as error:
-                return str(error)
-    return ""
 
 
 def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN401 (for run)

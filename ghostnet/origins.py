@@ -21,9 +21,9 @@ class Source:
 class Origins:
     """Of one job's config."""
 
-    def __init__(self, sources: Sequence[Source], command: Iterable[str]) -> None:
-        """sources: in the order of composition. command: the groups and keys that the command names."""
-        self.sources, self.command = list(sources), set(command)
+    def __init__(self, sources: Sequence[Source], choices: Iterable[str], keys: Iterable[str]) -> None:
+        """sources: in the order of composition. choices, keys: the groups and the keys that the command names."""
+        self.sources, self.choices, self.keys = list(sources), set(choices), set(keys)
 
     def told(self, keys: Sequence[str]) -> str:
         """' Set by conf/experiment/mine.yaml, line 3, and the command.'; '' where that can't be told."""
@@ -35,7 +35,7 @@ class Origins:
         return next(self._places(key, {key}), "")
 
     def _places(self, key: str, seen: set[str]) -> Iterator[str]:
-        if any(f"{key}.".startswith(f"{given}.") for given in self.command):
+        if key in self.choices or any(f"{key}.".startswith(f"{given}.") for given in self.keys):
             yield COMMAND
         for source in reversed(self.sources):
             prefix = f"{source.package}." if source.package else ""

@@ -14,10 +14,11 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.composing import Composer, Look, first_line, parsed
+from ghostnet.composing import Composer, Look
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError
 from ghostnet.groups import CONF
+from ghostnet.words import first_line, parsed
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def refuse(faults: Sequence[str]) -> None:
         raise ConfigError("\n       ".join(dict.fromkeys(faults)))
 
 
-def examine(name: str, overrides: Sequence[str], multirun: bool, look: Look = lambda _: []) -> Checked:
+def examine(name: str, overrides: Sequence[str], multirun: bool, look: Look = lambda *_: []) -> Checked:
     """Compose every job of a command, and find all that is wrong with them.
 
     look: finds what is wrong beside the config; it is asked of each job whose config could be composed.

@@ -16,9 +16,11 @@ FLOORS = [
     {"data", "amp", "metrics", "checkpoint", "loggers", "signals", "elastic"},
     {"engine"},
     {"config"},
-    {"composing"},
-    {"overrides", "manual"},
+    {"words"},
+    {"composing", "manual"},
+    {"overrides", "flags"},
     {"folders"},
+    {"presence"},
     {"launch"},
     {"train", "evaluate", "tools"},
 ]
