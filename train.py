@@ -1,4 +1,16 @@
-"""Train GhostNet: python train.py [group=option …] [key=value …]; python train.py -m key=a,b for a sweep."""
+"""Train GhostNet.
+
+  python train.py [group=option …] [key=value …]           one run, in a folder of its own
+  python train.py experiment=quickstart                    on images that ship with it, about a minute on two cores
+  python train.py data.root=/data/imagenet                 ImageNet: train/<class>/*, val/<class>/*
+  python train.py -m optim.lr=0.2,0.4 seed=1,2 …           a sweep: a job for each combination, a table at the end
+  python train.py … hydra.run.dir=runs/a resume=auto       go on where runs/a was stopped, or start it
+  python train.py optim=adamw data=shards --help           this page, with the values of those options
+  python train.py … --cfg job                              the whole config of a command, nothing run
+  eval "$(python train.py --shell-completion install=bash)"    completion of groups, options, keys; also fish, zsh
+
+--hydra-help tells of Hydra's own flags and settings.
+"""
 
 import contextlib
 import functools
@@ -10,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from ghostnet import folders, launch
-from ghostnet.config import build, build_model, changes, check_same_run
+from ghostnet import folders, launch, record
+from ghostnet.config import build, build_model, changes, check_same_run, same_batch
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
 
 if TYPE_CHECKING:
@@ -50,6 +62,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     # Device
     ranks, device, words = settle(ranks, cfg["device"]["kind"], cfg["device"]["ids"])
     console.say(f"device  {words}")
+    amp = build(cfg["amp"])
+    amp.check(device)
 
     # Data
     with ranks.main_first():
@@ -96,7 +110,6 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     if cfg["sync_bn"]:
         check_sync_bn(device)
         model = synchronized(model, ranks)
-    amp = build(cfg["amp"])
     optimizer = amp.initialize(model, lambda named: build(cfg["optim"] | {"lr": peak}, named), device)
     schedule = build(cfg["schedule"], Timeline(peak, cfg["epochs"], steps_per_epoch))
     epochs = cfg["epochs"] + cfg["schedule"]["cooldown_epochs"]
@@ -105,8 +118,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         f"steps   {total_steps:,}: {epochs} epochs of {steps_per_epoch:,} at a global batch of {global_batch_size:,}, "
         f"peak learning rate {peak:.4g}, amp {amp.name}"
     )
-    if cfg["schedule"]["warmup_epochs"] >= epochs:
-        console.say(f"note    the warm-up fills all of the training and never reaches the peak of {peak:.4g}")
+    if cfg["schedule"]["warmup_epochs"] == epochs:
+        console.say(f"note    the warm-up fills all of the training, and comes to the peak of {peak:.4g} at its end")
     mix = build(data["mix"])
     recipe = engine.Recipe(
         preprocessing, mix, schedule, seed, cfg["label_smoothing"], cfg["clip_grad_norm"], accumulate
@@ -120,7 +133,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         if saved["global_batch_size"] != global_batch_size:
             raise ConfigError(
                 f"resume: the global batch was {saved['global_batch_size']}, is {global_batch_size}: "
-                f"{ranks.world_size} ranks × data.batch_size × accumulate. Give the data.batch_size that keeps it."
+                f"{ranks.world_size} ranks × data.batch_size × accumulate. "
+                f"{same_batch(saved['global_batch_size'], ranks.world_size, accumulate)}"
             )
         for change in changes(saved["config"], cfg):
             console.say(f"note    {change}")
@@ -245,7 +259,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         if cfg["baseline"]:
             result |= _efficiency(result, cfg["baseline"])
         if ranks.is_main:
-            folders.write_json(folder / "result.json", result)
+            record.write_json(folder / "result.json", result)
         return result
     finally:
         with contextlib.ExitStack() as stack:  # each is ended, even where another fails

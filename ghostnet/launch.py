@@ -15,20 +15,22 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import record, workers
+from ghostnet import manual, record, workers
+from ghostnet.composing import Look
 from ghostnet.config import Config, resolved, unresolved
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError, explain
-from ghostnet.folders import baseline, check_resume, claim, leave_no_empty_run, settle, write_json
-from ghostnet.overrides import Checked, check_command, quoted
+from ghostnet.flags import arguments
+from ghostnet.folders import Place, check_resume, claim, leave_no_empty_run, settle
+from ghostnet.grid import OPTUNA
+from ghostnet.overrides import Checked, examine, refuse
+from ghostnet.presence import Presence
 from ghostnet.rerun import expanded, own_words
 from ghostnet.rerun import note as rerun_note
-from ghostnet.sweeps import OPTUNA
+from ghostnet.words import quoted
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -78,35 +80,36 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
     Of ranks that torchrun or srun started, the main one does so; the others take their jobs from it.
     """
+    # Hydra's own parser wants flags before the words, or after all of them.
+    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = words
+    args = arguments()
+    if args.help:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of a pager that is closed
+        print(manual.page(name, sys.modules["__main__"].__doc__ or "", args.overrides))
+        return
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGUSR1, _terminated)  # how Slurm warns of a time limit, where it is asked to
     ranks = _join()
     if ranks is not None and not ranks.is_main:
         sys.exit(_serve(ranks, run))
     entered.append(True)
-    # Hydra's own parser wants flags before the words, or after all of them.
-    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    sys.argv[1:] = words
     workers.tell_workers(Path(sys.argv[0]).name, words)
-    args = get_args_parser().parse_args()
-    asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
+    asks = args.hydra_help or args.shell_completion or args.info or args.cfg
     folder, code = None, 0
     try:
-        if not (args.help or args.hydra_help or args.shell_completion):
+        if not (args.hydra_help or args.shell_completion):
             overrides = expanded(args.overrides, args.multirun) if trains else args.overrides
             sys.argv[1:] = [word for word in words if word not in args.overrides] + overrides
-            checked = check_command(args.config_name or name, overrides, args.multirun)
-            _check_ranks(checked, ranks)
-            if not asks:
-                for job in checked.jobs:
-                    check_paths(job, trains)
-            if trains and not asks:
-                place = settle(checked, words)
+            look: Look = Presence(trains) if not asks else lambda *_: []
+            checked = examine(name, overrides, args.multirun, look)
+            place = pass_door(checked, ranks, words, trains and not asks)
+            if place is not None:
                 folder = claim(place)
                 sys.argv.append(f"{place.key}={quoted(folder)}")
                 if checked.multirun:
                     sys.argv += _of_sweep(checked)
-            elif args.multirun:
+            elif args.multirun and not trains:
                 raise ConfigError(f"-m is for train.py: {name}.py takes one command at a time.")
         main()
     except ConfigError as error:
@@ -179,31 +182,33 @@ def _serve(ranks: "Ranks", run: Run) -> int:
     return 0
 
 
+def pass_door(checked: Checked, ranks: "Ranks | None", words: list[str], settles: bool) -> Place | None:
+    """One ConfigError with all that is wrong with a command -> where it leaves its files, if it settles at all."""
+    faults, place = list(checked.faults), None
+    try:
+        _check_ranks(checked, ranks)
+    except ConfigError as error:
+        faults.append(str(error))
+    if settles:
+        try:
+            place = settle(checked, words)
+        except ConfigError as error:
+            faults += [str(error)] if not any(fault.startswith(str(error)) for fault in faults) else []
+        except Exception:
+            if not faults:  # else it had faulty values to read
+                raise
+    refuse(faults)
+    return place
+
+
 def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
     """ConfigError where the ranks that were started are not those that the command asks for."""
-    counts = {job["device"]["count"] for job in checked.jobs} - {ranks.local_size if ranks else 0}
+    counts = {job["device"]["count"] for job in checked.jobs if job} - {ranks.local_size if ranks else 0}
     if ranks is not None and counts:
         raise ConfigError(
             f"device.count={counts.pop()}, but {ranks.starter} started {ranks.local_size} on this machine. "
             f"Give device.count={ranks.local_size}, or start as many as that."
         )
-
-
-def check_paths(cfg: Config, trains: bool) -> None:
-    """ConfigError where a file or folder that a job names is not there, before torch is loaded for it."""
-    files = [cfg["model"]["weights"]] if trains else [cfg["ckpt"]]
-    for path in filter(None, files):
-        if not Path(path).expanduser().exists():
-            raise ConfigError(f"{path} does not exist: give a checkpoint file{'' if trains else ' or a run folder'}.")
-    node = cfg["data"]["dataset"]
-    if trains and (find := getattr(get_object(node["_target_"]), "find", None)):
-        try:
-            for split in ("train", "val"):
-                find(split, node["root"])
-        except UserError as error:
-            raise ConfigError(str(error)) from None
-    if trains and cfg["baseline"]:
-        baseline(cfg["baseline"])
 
 
 def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN401 (for run)
@@ -323,7 +328,7 @@ def _recorded(job: Job, run: Run, sweep: bool) -> float | None:
             raise SystemExit(1) from None  # the other ranks have ended, or wait for a step that won't come
         if sweep:
             with contextlib.suppress(UserError):
-                write_json(folder / "result.json", {"status": "failed", "error": message or repr(error)})
+                record.write_json(folder / "result.json", {"status": "failed", "error": message or repr(error)})
         else:
             leave_no_empty_run(folder)
         return None

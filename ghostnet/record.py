@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ghostnet.errors import ConfigError
+import ghostnet
+from ghostnet.errors import ConfigError, UserError
 
 REPOSITORY = Path(__file__).parent.parent
 FILE, DIFF, LOCK = "run.json", "code.diff", ".lock"
@@ -26,8 +27,6 @@ def write(folder: Path, run: dict[str, Any]) -> None:
 
     A run that goes on keeps the time at which it was started first.
     """
-    from ghostnet.folders import write_json
-
     commit, diff = code()
     run = run | {"host": platform.node(), "commit": commit, "dirty": bool(diff)}
     run |= {"versions": versions(), "hardware": hardware()}
@@ -89,9 +88,7 @@ def code() -> tuple[str | None, str]:
 @functools.cache
 def versions() -> dict[str, str]:
     """Of Python, this project and the packages that decide what a run computes, as far as they are installed."""
-    from ghostnet import __version__
-
-    found = {"python": platform.python_version(), "ghostnet": __version__}
+    found = {"python": platform.python_version(), "ghostnet": ghostnet.__version__}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -137,3 +134,15 @@ def is_locked(folder: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all; UserError where it can't be."""
+    from ghostnet.loggers import jsonable
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}.") from None

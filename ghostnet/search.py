@@ -12,6 +12,7 @@ from optuna.trial import Trial, TrialState
 
 from ghostnet import record
 from ghostnet.errors import ConfigError
+from ghostnet.grid import SweepJob, job_name, space_of
 
 if TYPE_CHECKING:
     from ghostnet.sweeps import Search
@@ -23,8 +24,6 @@ TRIAL = "trial.json"
 
 def search(sweep: "Search", parsed: Sequence[Override]) -> None:
     """Run batches of n_jobs trials until the study has n_trials that came to an end, earlier ones counted."""
-    from ghostnet.sweeps import SweepJob, job_name, space_of
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     fixed, searched = space_of(parsed)
     space = {key: distribution(override) for key, override in searched.items()}

@@ -8,15 +8,20 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 FLOORS = [
-    {"errors"},
+    {"errors", "groups", "drivers"},
     {"schema"},
+    {"conflicts", "origins"},
     {"device", "seeding"},
     {"distributed", "models", "optim", "ema"},
     {"data", "amp", "metrics", "checkpoint", "loggers", "signals", "elastic"},
     {"engine"},
-    {"config"},
-    {"overrides"},
+    {"config", "record"},
+    {"words", "workers", "grid"},
+    {"composing", "manual", "search"},
+    {"sweeps"},
+    {"overrides", "flags"},
     {"folders"},
+    {"presence", "rerun"},
     {"launch"},
     {"train", "evaluate", "tools"},
 ]

@@ -14,9 +14,9 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from ghostnet import record, sweeps, workers
+from ghostnet import grid, record, workers
 from ghostnet.errors import ConfigError
-from ghostnet.rerun import word
+from ghostnet.rerun import as_word
 from ghostnet.search import JOURNAL, STUDY, TRIAL, distribution, hopeless, open_study
 from tests.conftest import REPOSITORY, TINY, environment
 from tests.test_train import assert_same_state, result, rows, stop_after
@@ -76,22 +76,22 @@ def until_unlocked(folder):
     ],
 )
 def test_the_jobs_of_a_grid_are_those_of_hydra_and_each_has_a_name_of_its_own(words):
-    jobs = sweeps.grid(parsed(*words))
+    jobs = grid.grid(parsed(*words))
     assert [job.words for job in jobs] == BasicSweeper.split_arguments(parsed(*words), None)[0]
     assert len({job.name for job in jobs}) == len(jobs)
     assert all(len(job.name) <= 127 and "/" not in job.name for job in jobs)
 
 
 def test_a_name_tells_what_differs_and_stays_when_values_are_added():
-    assert [job.name for job in sweeps.grid(parsed(LRS, "epochs=2"))] == JOBS
-    assert sweeps.grid(parsed("optim.lr=1,8", "epochs=2"))[0].name == JOBS[0]
+    assert [job.name for job in grid.grid(parsed(LRS, "epochs=2"))] == JOBS
+    assert grid.grid(parsed("optim.lr=1,8", "epochs=2"))[0].name == JOBS[0]
 
 
 def test_names_that_a_file_system_can_not_have_are_kept_apart():
-    a, b = sweeps.job_name({"data.root": "/a/b"}), sweeps.job_name({"data.root": "_a_b"})
+    a, b = grid.job_name({"data.root": "/a/b"}), grid.job_name({"data.root": "_a_b"})
     assert a != b
     long = {"x": "y" * 300}, {"x": "y" * 301}
-    assert len({sweeps.job_name(each) for each in long}) == 2
+    assert len({grid.job_name(each) for each in long}) == 2
 
 
 def test_a_repeated_sweep_does_what_is_not_done(run, tmp_path, tiny_data):
@@ -252,7 +252,7 @@ def test_rerun_keeps_what_was_a_default_and_tells_of_what_is_gone(run, tmp_path,
     "value", [None, True, 3, 0.25, 1e-5, "a", "a b", "1", "true", "null", "it's", "/x,y=z", "", [1, "b"], {}]
 )
 def test_a_value_is_written_as_hydra_reads_it(value):
-    assert OverridesParser.create().parse_override(f"key={word(value)}").value() == value
+    assert OverridesParser.create().parse_override(f"key={as_word(value)}").value() == value
 
 
 def test_a_search_that_is_killed_goes_on_with_the_same_trials(run, tmp_path, tiny_data):

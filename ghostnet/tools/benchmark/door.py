@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ghostnet.config import Config, TrainConfig
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import check_command, groups
+from ghostnet.groups import groups
+from ghostnet.overrides import check_command
 from ghostnet.schema import did_you_mean
 from ghostnet.tools.benchmark.peers import PEERS
 

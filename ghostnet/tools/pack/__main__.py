@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError, UserError, explain
-from ghostnet.overrides import check_command, quoted
-from ghostnet.sweeps import CONF
+from ghostnet.groups import CONF
+from ghostnet.overrides import check_command
+from ghostnet.words import quoted
 
 if TYPE_CHECKING:
     from ghostnet.tools.pack.writer import Part
