@@ -16,7 +16,8 @@ FLOORS = [
     {"engine"},
     {"config"},
     {"overrides"},
-    {"folders"},
+    {"folders", "confidence", "runs"},
+    {"results"},
     {"launch"},
     {"train", "evaluate", "tools"},
 ]
