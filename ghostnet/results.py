@@ -33,6 +33,16 @@ class Row:
         """The setting that its runs share; None also where they have none."""
         return self.runs[0].config.get(key)
 
+    def text(self, key: str) -> str | None:
+        """The setting as it would be typed, None where its runs have none."""
+        return shown(self.value(key)) if key in self.runs[0].config else None
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds its accuracy is of; without one, how many were run."""
+        top1 = self.metrics["top1"]
+        return top1.seeds if top1 else len({run.seed for run in self.runs})
+
 
 def collect(roots: Iterable[Path]) -> list[Run]:
     """The runs at and below folders, each once."""
@@ -189,20 +199,26 @@ def show(ranked: Sequence[Row], keys: Sequence[str], metrics: Sequence[str], tit
 
 def _table(ranked: Sequence[Row], keys: Sequence[str], metrics: Sequence[str], title: str | None, fold: bool) -> Table:
     """A column for each setting; fold: one for all, as they would be typed."""
-    names = (["settings"] if keys else []) if fold else keys
+    told = all(_words(row, keys) == [] for row in ranked)
+    names = ([] if told else ["settings"]) if fold else keys
     table = Table(Column("run", overflow="fold"), *(Column(name, overflow="fold") for name in names), title=title)
     grouped = any(len(row.runs) > 1 for row in ranked)
     for heading in [*(["seeds"] if grouped else []), *(HEADINGS[name] for name in metrics)]:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("status", overflow="fold")
     for row in ranked:
-        values = {key: row.value(key) for key in keys}
-        cells = [shown(value) if key in row.runs[0].config else "–" for key, value in values.items()]
-        if fold and keys:
-            given = zip(keys, cells, strict=True)
-            cells = [" ".join(f"{key}={cell}" for key, cell in given if key in row.runs[0].config)]
-        counts = [str(len({run.seed for run in row.runs}))] if grouped else []
+        cells = [row.text(key) or "–" for key in keys]
+        if fold:
+            cells = [" ".join(_words(row, keys)) for _ in names]
+        counts = [str(row.seeds)] if grouped else []
         numbers = [number(name, row.metrics[name]) for name in metrics]
         status = Text(row.status, style=COLOURS.get(row.status, "yellow"))
         table.add_row(*map(Text, [row.label, *cells, *counts, *numbers]), status)
     return table
+
+
+def _words(row: Row, keys: Sequence[str]) -> list[str]:
+    """A row's settings as they would be typed, as far as its name does not tell them."""
+    told = row.label.replace("/", ",").split(",")
+    words = [f"{key}={row.text(key)}" for key in keys if row.text(key) is not None]
+    return [word for word in words if word not in told]

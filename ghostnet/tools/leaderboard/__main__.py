@@ -54,7 +54,7 @@ def run(typed: list[str]) -> None:
     if words.html:
         from ghostnet.tools.leaderboard.page import page
 
-        words.html.write_text(page(rows, keys, words), encoding="utf-8")
+        words.html.write_text(page(rows, words.sort, words.seeds == "group", typed), encoding="utf-8")
         print(f"page: {words.html} ({words.html.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
 
 

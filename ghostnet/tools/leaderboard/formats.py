@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ghostnet.results import HEADINGS, Row, number, shown
+from ghostnet.results import HEADINGS, Row, number
 from ghostnet.runs import METRICS
 
 COLUMNS = ("top1", "fps", "time")
@@ -22,12 +22,12 @@ def as_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     writer.writerow(["name", *keys, "seeds", *numbers, "status", "error", "folders", "rerun"])
     for row in rows:
         line = as_object(row, keys)
-        settings = [shown(row.value(key)) if key in row.runs[0].config else "" for key in keys]
+        settings = [row.text(key) or "" for key in keys]
         values = ["" if line[name] is None else line[name] for name in numbers]
         texts = [[run["error"] or run["damaged"] or "" for run in line["runs"]]]
         texts += [[run[key] or "" for run in line["runs"]] for key in ("folder", "rerun")]
         joined = ["\n".join(dict.fromkeys(filter(None, parts))) for parts in texts]
-        writer.writerow([line["name"], *settings, len(line["seeds"]), *values, line["status"], *joined])
+        writer.writerow([row.label, *settings, row.seeds, *values, line["status"], *joined])
     return file.getvalue()
 
 
@@ -58,8 +58,8 @@ def as_markdown(rows: Sequence[Row], keys: Sequence[str]) -> str:
     head = ["run", *keys, *(["seeds"] if grouped else []), *(HEADINGS[name] for name in COLUMNS), "status"]
     lines = [head, ["---"] * (1 + len(keys)) + ["---:"] * (len(head) - len(keys) - 2) + ["---"]]
     for row in rows:
-        settings = [shown(row.value(key)) if key in row.runs[0].config else "–" for key in keys]
-        seeds = [str(len({run.seed for run in row.runs}))] if grouped else []
+        settings = [row.text(key) or "–" for key in keys]
+        seeds = [str(row.seeds)] if grouped else []
         lines.append([row.label, *settings, *seeds, *(number(n, row.metrics[n]) for n in COLUMNS), row.status])
     return "".join(f"| {' | '.join(line if line is lines[1] else map(_escaped, line))} |\n" for line in lines)
 

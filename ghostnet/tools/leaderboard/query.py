@@ -1,6 +1,5 @@
 """The filter: key, sign and value, with commas between; all must hold. page.js reads the same language."""
 
-import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ ORDERS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 OTHERS = ("name", "status", *METRICS)
 """What can be asked for beside the settings."""
 FORM = "Write key=value, with =, !=, <, <=, >, >= or ~ (contains), and commas between: optim.lr>0.2,status=completed"
@@ -39,7 +39,7 @@ class Condition:
         text = None if value is None else shown(value)
         if self.sign == "~":
             return text is not None and self.text.lower() in text.lower()
-        same = number == own if number is not None and own is not None else (text or "null") == self.text
+        same = number == own if number is not None and own is not None else ("null" if text is None else text) == self.text
         return same == (self.sign == "=")
 
 
@@ -47,11 +47,7 @@ def as_number(value: Any) -> float | None:  # noqa: ANN401 (any setting)
     """A value as a number, None for what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+    return float(value) if not isinstance(value, str) or NUMBER.fullmatch(value) else None
 
 
 def parse(text: str) -> list[Condition]:
