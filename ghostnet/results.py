@@ -1,8 +1,8 @@
 """Runs side by side: what differs between them, their numbers over seeds, the table of them, best first."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ NO_SETTINGS = ("resume", "baseline", "rerun", "sweep", "device.ids", "logger")
 class Row:
     """A run, or those that differ in nothing but their seed."""
 
-    label: str
+    name: str
     runs: list[Run]
     metrics: dict[str, Mean | None]
     status: str
@@ -46,8 +46,20 @@ class Row:
 
 def collect(roots: Iterable[Path]) -> list[Run]:
     """The runs at and below folders, each once."""
-    folders = {folder.resolve(): folder for root in roots for folder in find(root)}
-    return [read(folder) for folder in folders.values()]
+    found = {root.resolve() / folder.relative_to(root): folder for root in roots for folder in find(root)}
+    runs = [read(folder) for folder in found.values()]
+    for run, name in zip(runs, _names([run.folder for run in runs]), strict=True):
+        run.name = name
+    return runs
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The folders as they are told apart: below what they have in common."""
+    paths = [os.path.abspath(folder) for folder in folders]  # noqa: PTH100 (resolve() looks up every part of each)
+    if not paths:
+        return []
+    common = os.path.commonpath(paths) if len(paths) > 1 else os.path.dirname(paths[0])  # noqa: PTH120
+    return [path[len(common) :].lstrip("/") or Path(path).name for path in paths]
 
 
 def varying(runs: Sequence[Run]) -> list[str]:
@@ -92,42 +104,29 @@ def _follows(values: list[Any], source: list[Any]) -> bool:
 
 def rows(runs: Sequence[Run], grouped: bool) -> list[Row]:
     """A row for each run; grouped: one for those that differ in nothing but their seed."""
-    labels = dict(zip(map(id, runs), _labels([run.folder for run in runs]), strict=True))
     keys = [key for key in varying(runs) if key != "seed"]
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         alone = not grouped or not run.config
         key = (run.folder,) if alone else tuple(run.config.get(key) for key in keys)
         groups.setdefault(key, []).append(run)
-    return [_row(group, [labels[id(run)] for run in group]) for group in groups.values()]
+    return [_row(group) for group in groups.values()]
 
 
-def _labels(folders: list[Path]) -> list[str]:
-    """The folders as they are told apart: below what they have in common."""
-    paths = [folder.resolve() for folder in folders]
-    if not paths:
-        return []
-    common = Path(commonpath(paths)) if len(paths) > 1 else paths[0].parent
-    return [str(path.relative_to(common)) if path != common else path.name for path in paths]
-
-
-def _row(runs: list[Run], labels: list[str]) -> Row:
+def _row(runs: list[Run]) -> Row:
     counted = [run for run in runs if run.status == "completed"] or runs  # not what others reached before they ended
     metrics = {name: over_seeds([(run.seed, run.metrics[name]) for run in counted]) for name in METRICS}
     counts = {status: sum(run.status == status for run in runs) for status in dict.fromkeys(run.status for run in runs)}
     status = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.items())
-    return Row(_common(labels, [run.seed for run in runs]), runs, metrics, status)
+    return Row(_name(runs), runs, metrics, status)
 
 
-def _common(labels: list[str], seeds: list[Any]) -> str:
-    """The name of runs over seeds: what is left of theirs without the seed, else the first one's and how many more."""
-    bare = {
-        ",".join(part for part in label.split(",") if part != f"seed={seed}")
-        for label, seed in zip(labels, seeds, strict=True)
-    }
-    if len(labels) == 1 or len(bare) > 1 or not (name := bare.pop()):
-        return labels[0] + (f" +{len(labels) - 1}" if len(labels) > 1 else "")
-    return name
+def _name(runs: list[Run]) -> str:
+    """What is left of the names of runs without their seed, else the first one's and how many more."""
+    bare = {",".join(part for part in run.name.split(",") if part != f"seed={run.seed}") for run in runs}
+    if len(runs) > 1 and len(bare) == 1 and "" not in bare:
+        return bare.pop()
+    return runs[0].name + (f" +{len(runs) - 1}" if len(runs) > 1 else "")
 
 
 def best_first(ranked: Iterable[Row], key: str = "top1", backwards: bool = False) -> list[Row]:
@@ -145,7 +144,7 @@ def _rank(row: Row, key: str) -> tuple[int, float, str] | None:
     mean = row.metrics.get(key)
     value = mean.value if mean else None
     if key not in METRICS:
-        value = {"name": row.label, "status": row.status}.get(key, row.value(key))
+        value = {"name": row.name, "status": row.status}.get(key, row.value(key))
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -213,12 +212,12 @@ def _table(ranked: Sequence[Row], keys: Sequence[str], metrics: Sequence[str], t
         counts = [str(row.seeds)] if grouped else []
         numbers = [number(name, row.metrics[name]) for name in metrics]
         status = Text(row.status, style=COLOURS.get(row.status, "yellow"))
-        table.add_row(*map(Text, [row.label, *cells, *counts, *numbers]), status)
+        table.add_row(*map(Text, [row.name, *cells, *counts, *numbers]), status)
     return table
 
 
 def _words(row: Row, keys: Sequence[str]) -> list[str]:
     """A row's settings as they would be typed, as far as its name does not tell them."""
-    told = row.label.replace("/", ",").split(",")
+    told = row.name.replace("/", ",").split(",")
     words = [f"{key}={row.text(key)}" for key in keys if row.text(key) is not None]
     return [word for word in words if word not in told]

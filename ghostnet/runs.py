@@ -33,6 +33,8 @@ class Run:
     """One run folder. What can't be read is left empty, and told in fault."""
 
     folder: Path
+    name: str = ""
+    """The folder as it is told apart from those of other runs: below what they have in common."""
     config: dict[str, Any] = field(default_factory=dict)
     """Dotted keys with their values, lists as tuples; group names with the chosen option."""
     overrides: list[str] = field(default_factory=list)

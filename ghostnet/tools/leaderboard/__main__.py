@@ -81,4 +81,6 @@ def main(typed: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a folder's name may be any bytes
     sys.exit(main(sys.argv[1:]))

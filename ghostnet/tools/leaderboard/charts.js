@@ -2,8 +2,9 @@
 const PALETTE = ["#3b6fe0", "#e0662f", "#2c9c6a", "#c33d69", "#8a56cf", "#b48a1c", "#1f9fb5", "#7c7f8a", "#d4569f", "#5d8a2b"];
 const SEQUENCES = { // from worst to best; the best stands out from the background
   light: ["#e9c9a4", "#e39a8f", "#c25c8b", "#743d92", "#1d2a6b"],
-  dark: ["#43366b", "#7d3f7d", "#c2506f", "#ee8a5b", "#fbe08a"],
+  dark: ["#66589f", "#8f4a90", "#c2506f", "#ee8a5b", "#fbe08a"],
 };
+const CLOCK = [10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400]; // steps of seconds
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function mix(colours, share) {
@@ -21,14 +22,15 @@ function scale(low, high, from, to, log = false) {
   const f = log ? Math.log10 : Number, a = f(low), b = f(high);
   const at = (value) => from + ((f(value) - a) / (b - a)) * (to - from);
   at.invert = (pixel) => { const v = a + ((pixel - from) / (to - from)) * (b - a); return log ? 10 ** v : v; };
-  at.ticks = (count) => {
+  at.ticks = (count, clock = false) => {
     if (log && b - a >= 1) {
       const steps = b - a > 3 ? [1] : b - a > 1.6 ? [1, 3] : [1, 2, 5], found = [];
       for (let power = Math.floor(a); power <= b; power++) for (const step of steps) found.push(step * 10 ** power);
       return found.filter((v) => v >= low * .999 && v <= high * 1.001);
     }
     const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
-    const step = [1, 2, 2.5, 5, 10].find((s) => s * power >= raw * .999) * power, found = [];
+    const round = clock && raw > 5 && CLOCK.find((s) => s >= raw * .999), found = [];
+    const step = round || [1, 2, 2.5, 5, 10].find((s) => s * power >= raw * .999) * power;
     for (let v = Math.ceil(low / step) * step; v <= high + step * 1e-9; v += step) found.push(Math.abs(v) < step * 1e-9 ? 0 : v);
     return found;
   };
@@ -71,6 +73,7 @@ class Chart {
     const g = this.picture.getContext("2d");
     g.font = "11px system-ui, sans-serif";
     g.lineJoin = "round";
+    g.clearRect(0, 0, width, this.height);
     this.draw(g);
     this.paint();
   }
@@ -79,12 +82,13 @@ class Chart {
     if (!this.width) return;
     const g = this.canvas.getContext("2d"), marked = this.page.marked();
     g.clearRect(0, 0, this.width, this.height);
-    g.globalAlpha = marked.length ? .3 : 1;
-    g.drawImage(this.picture, 0, 0, this.width, this.height);
-    g.globalAlpha = 1;
     g.font = "11px system-ui, sans-serif";
     g.lineJoin = "round";
-    this.axes?.(g);
+    this.under?.(g);
+    g.globalAlpha = marked.length ? .28 : 1;
+    g.drawImage(this.picture, 0, 0, this.width, this.height);
+    g.globalAlpha = 1;
+    this.over?.(g);
     for (const row of marked) this.mark(g, row);
     if (this.drag?.to && this.zooms) {
       const [x, y] = [Math.min(this.drag.x, this.drag.to.x), Math.min(this.drag.y, this.drag.to.y)];
@@ -120,9 +124,8 @@ class Chart {
       if (row) this.page.pin(row);
     }
   }
-  grid(g, unitX = short, unitY = short) {
-    const { left, right, top, bottom } = this.box;
-    g.clearRect(0, 0, this.width, this.height);
+  grid(g, unitX = short, clock = false) {
+    const { left, right, bottom } = this.box;
     g.textBaseline = "middle";
     g.textAlign = "right";
     for (const tick of this.y.ticks(5)) {
@@ -130,12 +133,12 @@ class Chart {
       g.fillStyle = css("--grid");
       g.fillRect(left, Math.round(y), right - left, 1);
       g.fillStyle = css("--soft");
-      g.fillText(unitY(tick), left - 8, y);
+      g.fillText(short(tick), left - 8, y);
     }
     g.textBaseline = "top";
     g.textAlign = "center";
     g.fillStyle = css("--soft");
-    for (const tick of this.x.ticks(Math.max(3, Math.floor((right - left) / 90)))) g.fillText(unitX(tick), this.x(tick), bottom + 8);
+    for (const tick of this.x.ticks(Math.max(3, Math.floor((right - left) / 90)), clock)) g.fillText(unitX(tick), this.x(tick), bottom + 8);
   }
   clipped(g, paint) {
     const { left, right, top, bottom } = this.box;
@@ -172,12 +175,14 @@ class Curves extends Chart {
     this.log = log;
     this.x = scale(from, to, this.box.left, this.box.right);
     this.y = scale(low, high, this.box.bottom, this.box.top, log);
-    this.grid(g, this.page.over === "time" ? seconds : short);
     const count = rows.reduce((sum, row) => sum + row.runs.length, 0);
     g.lineWidth = count > 60 ? 1 : 1.6;
     g.globalAlpha = Math.max(.28, Math.min(.95, 9 / Math.sqrt(count + 80)));
     this.clipped(g, () => { for (const row of [...rows].reverse()) this.trace(g, row); });
     g.globalAlpha = 1;
+  }
+  under(g) {
+    this.grid(g, this.page.over === "time" ? seconds : short, this.page.over === "time");
   }
   trace(g, row) {
     g.strokeStyle = g.fillStyle = this.page.colourOf(row);

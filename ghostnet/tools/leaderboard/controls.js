@@ -96,7 +96,7 @@ function setUp() {
   $("#constants dl").append(...shared.flatMap(([key, text]) => [element("dt", { textContent: key }), element("dd", { textContent: text })]));
   $("#summary").textContent = `${RUNS.toLocaleString("en")} ${RUNS > 1 ? "runs" : "run"} · ${new Date(D.made * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
   $("#command").textContent = D.command;
-  if (new Set(D.seeds).size < 2 || D.groupNames.length === RUNS) $("#grouping").hidden = true;
+  if (new Set(D.seeds).size < 2 || new Set(D.groups).size === RUNS) $("#grouping").hidden = true;
 }
 
 setUp();

@@ -19,7 +19,9 @@ def curves(folder: Path, points: int, started: float | None) -> dict[str, list[f
     train, evaluated = _lines(folder / "metrics.jsonl")
     source = b"ema" if any(b'"ema/top1"' in line for line in evaluated) else b"eval"
     trained, tested = _rows(train, b"train/loss", points), _rows(evaluated, source + b"/top1", points)
-    start = min([row["time"] for row in (*trained[:1], *tested[:1])] + ([] if started is None else [started]), default=0)
+    start = min(
+        [row["time"] for row in (*trained[:1], *tested[:1])] + ([] if started is None else [started]), default=0
+    )
     return {
         "s": _differences([row["step"] for row in trained]),
         "t": _differences([row["time"] - start for row in trained]),

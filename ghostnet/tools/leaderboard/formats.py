@@ -27,7 +27,7 @@ def as_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
         texts = [[run["error"] or run["damaged"] or "" for run in line["runs"]]]
         texts += [[run[key] or "" for run in line["runs"]] for key in ("folder", "rerun")]
         joined = ["\n".join(dict.fromkeys(filter(None, parts))) for parts in texts]
-        writer.writerow([row.label, *settings, row.seeds, *values, line["status"], *joined])
+        writer.writerow([row.name, *settings, row.seeds, *values, line["status"], *joined])
     return file.getvalue()
 
 
@@ -38,7 +38,7 @@ def as_json(rows: Sequence[Row], keys: Sequence[str]) -> str:
 
 def as_object(row: Row, keys: Sequence[str]) -> dict[str, Any]:
     """A row for JSON: settings, means with their confidence, and its runs."""
-    values: dict[str, Any] = {"name": row.label, "settings": {key: row.value(key) for key in keys}}
+    values: dict[str, Any] = {"name": row.name, "settings": {key: row.value(key) for key in keys}}
     values["seeds"] = list(dict.fromkeys(run.seed for run in row.runs))
     for name, mean in row.metrics.items():
         values[name] = mean.value if mean else None
@@ -60,7 +60,7 @@ def as_markdown(rows: Sequence[Row], keys: Sequence[str]) -> str:
     for row in rows:
         settings = [row.text(key) or "–" for key in keys]
         seeds = [str(row.seeds)] if grouped else []
-        lines.append([row.label, *settings, *seeds, *(number(n, row.metrics[n]) for n in COLUMNS), row.status])
+        lines.append([row.name, *settings, *seeds, *(number(n, row.metrics[n]) for n in COLUMNS), row.status])
     return "".join(f"| {' | '.join(line if line is lines[1] else map(_escaped, line))} |\n" for line in lines)
 
 

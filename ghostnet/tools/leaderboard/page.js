@@ -117,7 +117,7 @@ function legend(key, span, texts, sequence) {
   else if (span) {
     const bar = element("i", { className: "span" });
     bar.style.background = `linear-gradient(90deg, ${sequence.join()})`;
-    $("#legend").replaceChildren(HEADINGS[key] ?? key, told(span[0]), bar, told(span[1]));
+    $("#legend").replaceChildren(`${HEADINGS[key] ?? key}  ${told(span[0])}`, bar, told(span[1]));
   } else {
     const dot = (text, i) => { const made = element("i"); made.style.background = PALETTE[i % PALETTE.length]; return [made, text]; };
     $("#legend").replaceChildren(key, ...texts.flatMap(dot));

@@ -43,19 +43,16 @@ def data_title(rows: Sequence[Row]) -> str:
 def payload(rows: Sequence[Row], sort: str, grouped: bool, command: Sequence[str]) -> dict[str, Any]:
     """What the page shows: runs, in lists over their numbers; it groups, sorts and filters them itself."""
     runs = [run for row in rows for run in row.runs]
-    number = {id(run): index for index, run in enumerate(runs)}
     groups = results.rows(runs, grouped=True)
     group_of = {id(run): index for index, group in enumerate(groups) for run in group.runs}
     points = max(LEAST, min(MOST, POINTS // len(runs)))
-    names = {id(row.runs[0]): row.label for row in results.rows(runs, grouped=False)}
-    assert list(number.values()) == list(range(len(runs)))
     return {
         "command": shlex.join(["python", "-m", "ghostnet.tools.leaderboard", *command]),
         "made": time.time(),
         "sort": sort,
         "grouped": grouped,
         "student": [student_t(freedom) for freedom in range(1, max(2, *(len(group.runs) for group in groups)))],
-        "names": [names[id(run)] for run in runs],
+        "names": [run.name for run in runs],
         "folders": [str(run.folder.resolve()) for run in runs],
         "status": [run.status for run in runs],
         "notes": [run.fault or run.error for run in runs],
@@ -63,7 +60,6 @@ def payload(rows: Sequence[Row], sort: str, grouped: bool, command: Sequence[str
         "rerun": [run.rerun for run in runs],
         "metrics": {name: _numbers(runs, name) for name in METRICS},
         "groups": [group_of[id(run)] for run in runs],
-        "groupNames": [group.label for group in groups],
         "settings": _settings(runs),
         "constants": _constants(runs),
         "curves": [curves(run.folder, points, run.started) for run in runs],

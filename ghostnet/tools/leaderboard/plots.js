@@ -13,17 +13,18 @@ class Speed extends Chart {
     };
     this.x = scale(...(this.zoom?.x ?? span("fps")), this.box.left, this.box.right);
     this.y = scale(...(this.zoom?.y ?? span("top1")), this.box.bottom, this.box.top);
-    this.grid(g);
-    g.fillStyle = css("--soft");
-    g.textAlign = "right";
-    g.textBaseline = "bottom";
-    g.fillText("images/s", this.box.right, this.box.bottom - 4);
     this.clipped(g, () => {
       this.front(g);
       g.globalAlpha = this.points.length > 80 ? .7 : .95;
       for (const row of [...this.points].reverse()) this.dot(g, row, this.points.length > 200 ? 3 : 4.5);
       g.globalAlpha = 1;
     });
+  }
+  under(g) {
+    this.grid(g);
+    g.textAlign = "right";
+    g.textBaseline = "bottom";
+    g.fillText("images/s", this.box.right, this.box.bottom - 4);
   }
   // From the slowest of the front to the fastest, in steps: what is reached at a speed or a higher one.
   front(g) {
@@ -86,7 +87,6 @@ class Parallel extends Chart {
     const gap = keys.length > 1 ? (this.box.right - this.box.left) / (keys.length - 1) : 0;
     this.list = keys.map((key, i) => this.axis(key, this.box.left + i * gap, all)).filter(Boolean);
     const shown = new Set(this.page.rows);
-    g.clearRect(0, 0, this.width, this.height);
     g.lineWidth = 1;
     for (const row of all) if (!shown.has(row)) this.trace(g, row, css("--faint"));
     g.globalAlpha = Math.max(.25, Math.min(.9, 9 / Math.sqrt(shown.size + 80)));
@@ -121,7 +121,7 @@ class Parallel extends Chart {
     }
     g.stroke();
   }
-  axes(g) {
+  over(g) {
     const { top, bottom } = this.box;
     for (const [i, { key, x, ticks }] of this.list.entries()) {
       g.fillStyle = css("--line");

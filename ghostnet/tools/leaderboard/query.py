@@ -39,7 +39,9 @@ class Condition:
         text = None if value is None else shown(value)
         if self.sign == "~":
             return text is not None and self.text.lower() in text.lower()
-        same = number == own if number is not None and own is not None else ("null" if text is None else text) == self.text
+        same = (
+            number == own if number is not None and own is not None else ("null" if text is None else text) == self.text
+        )
         return same == (self.sign == "=")
 
 
@@ -84,16 +86,24 @@ def check_key(word: str, key: str, runs: Sequence[Run]) -> None:
 
 def chosen_runs(runs: Iterable[Run], conditions: Sequence[Condition]) -> list[Run]:
     """The runs whose settings and status meet the conditions."""
-    own = [condition for condition in conditions if condition.key not in (*METRICS, "name")]
-    return [run for run in runs if all(c.holds(run.status if c.key == "status" else run.config.get(c.key)) for c in own)]
+    own = [condition for condition in conditions if not _is_of_rows(condition)]
+    return [run for run in runs if all(c.holds(_of_run(run, c.key)) for c in own)]
 
 
 def chosen_rows(rows: Iterable[Row], conditions: Sequence[Condition]) -> list[Row]:
     """The rows whose name and numbers, which are means over seeds, meet the conditions."""
-    own = [condition for condition in conditions if condition.key in (*METRICS, "name")]
-    return [row for row in rows if all(condition.holds(_of(row, condition.key)) for condition in own)]
+    own = [condition for condition in conditions if _is_of_rows(condition)]
+    return [row for row in rows if all(c.holds(_of_row(row, c.key)) for c in own)]
 
 
-def _of(row: Row, key: str) -> str | float | None:
+def _is_of_rows(condition: Condition) -> bool:
+    return condition.key == "name" or condition.key in METRICS
+
+
+def _of_run(run: Run, key: str) -> Any:  # noqa: ANN401 (any setting)
+    return run.status if key == "status" else run.config.get(key)
+
+
+def _of_row(row: Row, key: str) -> str | float | None:
     mean = None if key == "name" else row.metrics[key]
-    return row.label if key == "name" else mean.value if mean else None
+    return row.name if key == "name" else mean.value if mean else None

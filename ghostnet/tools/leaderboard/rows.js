@@ -18,6 +18,7 @@ for (const curve of D.curves) {
 }
 
 function seconds(value) {
+  if (value === 0) return "0";
   if (value < 99.95) return `${value.toFixed(1)} s`;
   const whole = Math.round(value), two = (n) => String(n).padStart(2, "0");
   return `${Math.floor(whole / 3600)}:${two(Math.floor((whole % 3600) / 60))}:${two(whole % 60)}`;
@@ -46,7 +47,7 @@ function overSeeds(name, runs) {
 }
 
 const made = new Map(); // a row is made once for the same runs: its element and its pin stay
-function makeRow(runs, name) {
+function makeRow(runs) {
   const id = runs.join();
   if (made.has(id)) return made.get(id);
   const completed = runs.filter((run) => D.status[run] === "completed");
@@ -54,7 +55,7 @@ function makeRow(runs, name) {
   const counts = new Map();
   for (const run of runs) counts.set(D.status[run], (counts.get(D.status[run]) ?? 0) + 1);
   const status = counts.size === 1 ? D.status[runs[0]] : [...counts].map(([word, n]) => `${n} ${word}`).join(", ");
-  const row = { id, runs, name, status, metrics: {}, element: null };
+  const row = { id, runs, name: rowName(runs), status, metrics: {}, element: null };
   for (const metric of METRICS) row.metrics[metric] = overSeeds(metric, counted);
   row.seeds = row.metrics.top1?.n ?? new Set(runs.map((run) => D.seeds[run])).size;
   made.set(id, row);
@@ -107,11 +108,18 @@ function holds({ sign, value }, text, number) {
   return same === (sign === "=");
 }
 
+// What is left of the names of runs without their seed, else the first one's and how many more.
+function rowName(runs) {
+  const bare = new Set(runs.map((run) => D.names[run].split(",").filter((word) => word !== `seed=${D.seeds[run]}`).join(",")));
+  if (runs.length > 1 && bare.size === 1 && !bare.has("")) return [...bare][0];
+  return D.names[runs[0]] + (runs.length > 1 ? ` +${runs.length - 1}` : "");
+}
+
 // A row's name without what columns tell: the folder of a sweep names its jobs by their settings.
 function shortName(row, columns) {
   const parts = row.name.split("/"), told = (word) => columns.includes(word.split("=")[0]) && word.includes("=");
   parts.push(parts.pop().split(",").filter((word) => !told(word)).join(","));
-  return parts.filter(Boolean).join("/") || row.name;
+  return parts.filter(Boolean).join("/") || D.folders[row.runs[0]].split("/").at(-2) || row.name;
 }
 
 // The rows that meet a filter: settings and status are asked of runs, names and numbers of rows.
@@ -127,7 +135,7 @@ function makeRows(conditions, grouped) {
     const group = grouped ? D.groups[run] : run;
     groups.set(group, [...(groups.get(group) ?? []), run]);
   }
-  const rows = [...groups].map(([group, runs]) => makeRow(runs, grouped ? D.groupNames[group] : D.names[group]));
+  const rows = [...groups.values()].map(makeRow);
   return rows.filter((row) => conditions.every((c) => {
     if (!c.ofRow) return true;
     const number = c.key === "name" ? asNumber(row.name) : rowNumber(row, c.key);
