@@ -147,8 +147,10 @@ def _read_record(run: Run) -> None:
         _read_overrides(run)
         return
     words, command, started = record.get("overrides"), record.get("rerun"), record.get("started")
-    run.overrides = [str(word) for word in words] if isinstance(words, list) else []
-    run.rerun = command if isinstance(command, str) else _command(run.overrides)
+    if isinstance(words, list):
+        run.overrides = [str(word) for word in words]
+        run.rerun = _command(run.overrides)
+    run.rerun = command if isinstance(command, str) else run.rerun
     run.started = started if isinstance(started, int | float) else None
 
 
@@ -166,9 +168,11 @@ def _command(overrides: list[str]) -> str:
 
 
 def _read_result(run: Run) -> None:
+    if is_running(run.folder):  # what lies there is of an earlier attempt
+        run.status = "running"
+        return
     result = _json(run.folder / "result.json")
     if result is None:
-        run.status = "running" if is_running(run.folder) else "cut off"
         return
     run.status, error = str(result.get("status", "completed")), result.get("error")
     run.error = None if error is None else str(error)

@@ -310,14 +310,13 @@ def test_a_thousand_runs_make_a_page_below_5_mb_that_sorts_within_200_ms(browser
         page = opened.new_page()
         page.goto((tmp_path / "board.html").as_uri())
         assert page.inner_text("#count") == "1000 of 1000 runs"
-        times = [
-            page.evaluate(
-                "key => { const start = performance.now(), heading = document.querySelector(`th[data-key='${key}'] button`);"
-                "heading.click(); document.body.offsetHeight; return performance.now() - start; }",
-                key,
-            )
-            for key in ("fps", "optim.lr", "name", "top1", "status", "fps")
-        ]
+        clicked = """key => {
+            const start = performance.now(), heading = document.querySelector(`th[data-key='${key}'] button`);
+            heading.click();
+            document.body.offsetHeight;
+            return performance.now() - start;
+        }"""
+        times = [page.evaluate(clicked, key) for key in ("fps", "optim.lr", "name", "top1", "status", "fps")]
         assert min(times) < 200  # others may use the CPU meanwhile
         speeds = [float(text) for text in cells(page, "fps")]
         assert speeds == sorted(speeds, reverse=True)

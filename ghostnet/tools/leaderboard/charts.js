@@ -126,6 +126,12 @@ class Chart {
   }
   grid(g, unitX = short, clock = false) {
     const { left, right, bottom } = this.box;
+    if (this.empty) {
+      g.textAlign = "center";
+      g.fillStyle = css("--soft");
+      g.fillText("nothing recorded", (left + right) / 2, bottom / 2);
+      return;
+    }
     g.textBaseline = "middle";
     g.textAlign = "right";
     for (const tick of this.y.ticks(5)) {
@@ -161,13 +167,14 @@ class Curves extends Chart {
     return row.runs.map((run) => this.ofRun(D.curves[run])).filter((line) => line.xs.length);
   }
   draw(g) {
-    const rows = this.page.rows, log = this.options.log?.() ?? false, xs = [], ys = [];
+    const rows = this.page.rows, log = this.options.log?.() ?? false, xs = [], ys = []; // xs: where each line ends
     for (const row of rows) for (const line of this.lines(row)) {
       xs.push(line.xs.at(-1));
       for (const value of line.ys) if (value !== null && (!log || value > 0)) ys.push(value);
     }
     ys.sort((a, b) => a - b);
-    const [lowest, highest] = this.options.cut ?? [0, 1];
+    this.empty = !ys.length;
+    const [lowest, highest] = ys.length > 12 * xs.length ? this.options.cut ?? [0, 1] : [0, 1]; // short curves are shown whole
     const range = ys.length ? [quantile(ys, lowest), quantile(ys, highest)] : [0, 1];
     const pad = log ? 0 : (range[1] - range[0]) * .04;
     const [low, high] = this.zoom?.y ?? [range[0] - pad, range[1] + pad];

@@ -17,6 +17,7 @@ const page = {
     for (const key of this.brushes.keys()) if (!this.axisKeys().includes(key)) this.brushes.delete(key);
     this.rows = sortRows(this.unbrushed.filter((row) => [...this.brushes.values()].every(({ ids }) => ids.has(row))), this.key, this.descending);
     this.pointed = null;
+    $("#parallel").hidden = !this.columns().length;
     this.tint();
     drawTable();
     $("#count").textContent = `${this.rows.length} of ${makeRows([], this.grouped).length} ${this.grouped ? "rows" : "runs"}`;

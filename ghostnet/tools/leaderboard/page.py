@@ -1,5 +1,7 @@
 """html=FILE: the runs in one page that needs no network and no other file."""
 
+import base64
+import hashlib
 import html
 import json
 import shlex
@@ -24,11 +26,14 @@ POINTS, LEAST, MOST = 60_000, 24, 500
 def page(rows: Sequence[Row], sort: str, grouped: bool, command: Sequence[str]) -> str:
     """The whole page. Texts of runs are data in it, never markup."""
     data = json.dumps(payload(rows, sort, grouped, command), separators=(",", ":"), allow_nan=False, default=str)
+    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
+        "hash": f"sha256-{digest}",  # a browser runs this script alone, whatever else may come to be in the page
         "title": html.escape(f"Leaderboard · {data_title(rows)}"),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "data": data.replace("<", "\\u003c"),  # no text can end the script element
-        "script": "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "script": script,
     }
     head, *pieces = (HERE / "page.html").read_text(encoding="utf-8").split("{{")
     return head + "".join(parts[name] + rest for name, _, rest in (piece.partition("}}") for piece in pieces))

@@ -6,8 +6,11 @@ class Speed extends Chart {
   }
   draw(g) {
     this.points = this.page.rows.filter((row) => row.metrics.top1 && row.metrics.fps);
+    this.empty = !this.points.length;
+    const few = this.points.length <= 80; // with their confidence
     const span = (key) => {
-      const values = this.points.map((row) => row.metrics[key].value);
+      const ends = ({ value, confidence }) => (few && key === "top1" && confidence ? [value - confidence, value + confidence] : [value]);
+      const values = this.points.flatMap((row) => ends(row.metrics[key]));
       const [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
       return [low - (high - low) * .05, high + (high - low) * .07];
     };
@@ -22,6 +25,7 @@ class Speed extends Chart {
   }
   under(g) {
     this.grid(g);
+    if (this.empty) return;
     g.textAlign = "right";
     g.textBaseline = "bottom";
     g.fillText("images/s", this.box.right, this.box.bottom - 4);
