@@ -4,6 +4,7 @@ function rowOf(event) {
 }
 
 function move(line, by) {
+  if (by > 1e6) while ($("tbody").childElementCount < page.rows.length) drawMore();
   const lines = [...document.querySelectorAll("tbody tr")], next = lines[Math.max(0, Math.min(lines.length - 1, lines.indexOf(line) + by))];
   next?.focus({ preventScroll: true });
   next?.scrollIntoView({ block: "nearest" });
@@ -45,6 +46,9 @@ function listen() {
     else if (event.key === "c" && row && !event.ctrlKey && !event.metaKey) copy(row);
     else return;
     event.preventDefault();
+  });
+  $(".scroll").addEventListener("scroll", ({ target }) => {
+    if (target.scrollTop + target.clientHeight > target.scrollHeight - 400) drawMore();
   });
   $("thead").addEventListener("keydown", (event) => {
     if (event.key === "ArrowDown") { event.preventDefault(); move(null, 1); }

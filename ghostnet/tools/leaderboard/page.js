@@ -6,6 +6,8 @@ const element = (tag, properties = {}, ...children) => {
   return made;
 };
 
+const LINES = 100; // of the table that are added at a time
+
 const page = {
   rows: [], unbrushed: [], brushes: new Map(), pinned: new Set(), pointed: null, conditions: [], front: [],
   grouped: D.grouped, key: D.sort.replace(/^-/, ""), over: "step", loss: "train", lrScale: "linear", colour: "", theme: "",
@@ -150,18 +152,24 @@ function drawTable() {
     cell.removeAttribute("aria-sort");
     if (cell.dataset.key === page.key) cell.setAttribute("aria-sort", page.descending ? "descending" : "ascending");
   }
-  const best = page.rows.map((row) => row.metrics.top1?.value ?? -Infinity), high = Math.max(...best);
-  const low = Math.min(...best.filter(Number.isFinite), high);
-  const body = $("tbody"), lines = document.createDocumentFragment();
-  page.rows.forEach((row, i) => {
-    const line = row.element ??= makeLine(row);
-    line.firstChild.textContent = i + 1;
-    const value = row.metrics.top1?.value;
+  $("tbody").replaceChildren();
+  if (!page.rows.length) $("tbody").append(element("tr", {}, element("td", { className: "empty", colSpan: 99, textContent: "No run meets this filter." })));
+  $(".scroll").scrollTop = 0;
+  drawMore();
+}
+
+// The next lines of the table: a thousand at once would take a browser long to lay out.
+function drawMore() {
+  const best = page.rows.map((row) => row.metrics.top1?.value).filter((value) => value !== undefined);
+  const high = Math.max(...best), low = Math.min(...best), lines = document.createDocumentFragment();
+  const start = page.rows.length ? $("tbody").childElementCount : 0;
+  page.rows.slice(start, start + LINES).forEach((row, i) => {
+    const line = row.element ??= makeLine(row), value = row.metrics.top1?.value;
+    line.firstChild.textContent = start + i + 1;
     if (value !== undefined) line.querySelector(".best").style.setProperty("--share", `${high > low ? 8 + (92 * (value - low)) / (high - low) : 100}%`);
     lines.append(line);
   });
-  if (!page.rows.length) lines.append(element("tr", {}, element("td", { className: "empty", colSpan: 99, textContent: "No run meets this filter." })));
-  body.replaceChildren(lines);
+  $("tbody").append(lines);
 }
 
 function makeLine(row) {

@@ -103,7 +103,7 @@ class Parallel extends Chart {
     const texts = [...new Set(rows.map((row) => rowText(row, key)).filter((text) => text !== "–"))];
     const numeric = numbers.length && texts.every((text) => key in D.metrics || asNumber(text) !== null);
     if (!numeric) {
-      texts.sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+      texts.sort((a, b) => COLLATOR.compare(a, b));
       const place = (i) => (texts.length > 1 ? bottom - 12 - (i * (bottom - top - 24)) / (texts.length - 1) : (top + bottom) / 2);
       return { key, x, ticks: texts.map((text, i) => [place(i), text]), at: (row) => { const i = texts.indexOf(rowText(row, key)); return i < 0 ? null : place(i); } };
     }

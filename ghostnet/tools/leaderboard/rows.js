@@ -6,6 +6,7 @@ const METRICS = Object.keys(D.metrics);
 const HEADINGS = { top1: "Acc@1", top5: "Acc@5", loss: "loss", fps: "FPS", time: "time" };
 const LESS_IS_BETTER = new Set(["loss", "time"]);
 const SETTINGS = new Map(D.settings.map((s) => [s.key, s]));
+const COLLATOR = new Intl.Collator("en", { numeric: true }); // model 10 after model 9
 const SIGN = /^([^=!<>~]+?)\s*(!=|<=|>=|=|<|>|~)\s*(.*)$/s;
 const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$/;
 
@@ -152,7 +153,7 @@ function sortRows(rows, key, descending) {
     if (lacks) return lacks;
     if (a.number !== null && b.number !== null) return turn * (a.number - b.number);
     if ((a.number === null) !== (b.number === null)) return turn * (a.number === null ? 1 : -1);
-    return turn * a.text.localeCompare(b.text, "en", { numeric: true });
+    return turn * COLLATOR.compare(a.text, b.text);
   });
   return keyed.map(({ row }) => row);
 }
