@@ -116,7 +116,8 @@ def rows(runs: Sequence[Run], grouped: bool) -> list[Row]:
 def _row(runs: list[Run]) -> Row:
     counted = [run for run in runs if run.status == "completed"] or runs  # not what others reached before they ended
     metrics = {name: over_seeds([(run.seed, run.metrics[name]) for run in counted]) for name in METRICS}
-    counts = {status: sum(run.status == status for run in runs) for status in dict.fromkeys(run.status for run in runs)}
+    states = sorted(dict.fromkeys(run.status for run in runs), key=lambda status: status != "completed")
+    counts = {status: sum(run.status == status for run in runs) for status in states}
     status = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.items())
     return Row(_name(runs), runs, metrics, status)
 

@@ -187,7 +187,7 @@ function makeLine(row) {
     line.append(told);
   }
   const notes = row.runs.map((run) => D.notes[run]).filter(Boolean).join("\n");
-  line.append(element("td", { title: notes }, element("span", { className: `status ${row.status}`, textContent: row.status })));
+  line.append(element("td", { title: notes }, element("span", { className: row.status.includes(",") ? "status" : `status ${row.status}`, textContent: row.status })));
   const commands = row.runs.map((run) => D.rerun[run]).filter(Boolean);
   const command = element("td", { className: "command" });
   if (commands.length) command.append(element("div", {}, element("button", { className: "copy", textContent: "Copy", title: "Copy what runs this again" }), element("code", { textContent: commands.join("\n"), title: commands.join("\n") })));

@@ -54,7 +54,7 @@ function makeRow(runs) {
   const completed = runs.filter((run) => D.status[run] === "completed");
   const counted = completed.length ? completed : runs;
   const counts = new Map();
-  for (const run of runs) counts.set(D.status[run], (counts.get(D.status[run]) ?? 0) + 1);
+  for (const run of [...completed, ...runs.filter((run) => D.status[run] !== "completed")]) counts.set(D.status[run], (counts.get(D.status[run]) ?? 0) + 1);
   const status = counts.size === 1 ? D.status[runs[0]] : [...counts].map(([word, n]) => `${n} ${word}`).join(", ");
   const row = { id, runs, name: rowName(runs), status, metrics: {}, element: null };
   for (const metric of METRICS) row.metrics[metric] = overSeeds(metric, counted);
