@@ -180,17 +180,20 @@ def number(name: str, mean: Mean | None) -> str:
     return f"{mean.value:{spec}}{interval}"
 
 
+ENDLESS = 1 << 16
+"""Characters of a line in a file: a table is as wide as it needs."""
 COLOURS = {"failed": "red", "damaged": "red", "running": "cyan", "completed": ""}
 
 
 def show(ranked: Sequence[Row], keys: Sequence[str], metrics: Sequence[str], title: str | None = None) -> None:
     """Print rows as a table that fits the terminal, and what can't be read of their runs."""
     console = Console()
-    wide, narrow = (_table(ranked, keys, metrics, title, folded) for folded in (False, True))
-    natural = Measurement.get(console, console.options.update(max_width=1 << 16), wide).maximum
+    table = _table(ranked, keys, metrics, title, fold=False)
     if not console.is_terminal:
-        console = Console(width=max(natural, 200))
-    console.print(wide if natural <= console.width else narrow)
+        console = Console(width=ENDLESS)
+    elif Measurement.get(console, console.options.update(max_width=ENDLESS), table).maximum > console.width:
+        table = _table(ranked, keys, metrics, title, fold=True)
+    console.print(table)
     for row in ranked:
         for run in row.runs:
             if run.fault:
@@ -213,7 +216,8 @@ def _table(ranked: Sequence[Row], keys: Sequence[str], metrics: Sequence[str], t
         counts = [str(row.seeds)] if grouped else []
         numbers = [number(name, row.metrics[name]) for name in metrics]
         status = Text(row.status, style=COLOURS.get(row.status, "yellow"))
-        table.add_row(*map(Text, [row.name, *cells, *counts, *numbers]), status)
+        name = row.name.replace(",", ", ") if fold else row.name  # lines break at spaces
+        table.add_row(*map(Text, [name, *cells, *counts, *numbers]), status)
     return table
 
 

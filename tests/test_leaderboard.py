@@ -213,6 +213,7 @@ def test_rows_are_sorted_cut_and_filtered(sweep: Path) -> None:
     ("words", "message"),
     [
         ((), "which runs? Give folders that hold some: python -m ghostnet.tools.leaderboard outputs multirun"),
+        (("",), "'': no such folder. Give folders that hold runs."),
         (("nowhere",), "nowhere: no such folder. Give folders that hold runs."),
         (("README.md",), "README.md: no folder. Give folders that hold runs."),
         ((".", "srot=top1"), "srot: no such word. Did you mean sort?"),

@@ -351,7 +351,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_fails_at_the_end(run: Run, tmp_p
     statuses = [result(tmp_path / "sweep" / str(number))["status"] for number in range(4)]
     assert statuses == ["failed", "failed", "completed", "completed"]
     assert_same_state(tmp_path / "single" / "last.pt", tmp_path / "sweep" / "3" / "last.pt")
-    table = done.stdout[done.stdout.rindex("overrides") :]
+    table = done.stdout[done.stdout.rindex("best first") :]
     best = max((2, 3), key=lambda number: result(tmp_path / "sweep" / str(number))["top1"])
     assert "failed" in table
     assert table.index(f"│ {best} ") < table.index(f"│ {5 - best} ") < table.index("failed")

@@ -60,11 +60,11 @@ def run(typed: list[str]) -> None:
 
 def main(typed: list[str]) -> int:
     """The exit code: 0, or 1 with one message."""
-    if {"-h", "--help"} & set(typed):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
     try:
-        run(typed)
+        if {"-h", "--help"} & set(typed):
+            print(__doc__.strip() if __doc__ else "")
+        else:
+            run(typed)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,14 +49,16 @@ def _take(words: Words, word: str) -> None:
     path = Path(word).expanduser()
     if equals and key in KEYS:
         setattr(words, key, _value(key, value))
-    elif path.is_dir():  # a folder's name may have a = in it
+    elif word and path.is_dir():  # a folder's name may have a = in it
         words.roots.append(path)
     elif word.startswith("-"):
         raise ConfigError(f"{word}: no such flag. There are folders, and {'=…, '.join(KEYS)}=….")
     elif equals and "/" not in key:
         raise ConfigError(f"{key}: no such word.{did_you_mean(key, KEYS)} There are {', '.join(KEYS)}.")
     else:
-        raise ConfigError(f"{word}: {'no folder' if path.exists() else 'no such folder'}. Give folders that hold runs.")
+        raise ConfigError(
+            f"{word or repr(word)}: {'no folder' if word and path.exists() else 'no such folder'}. Give folders that hold runs."
+        )
 
 
 def _value(key: str, value: str) -> object:
