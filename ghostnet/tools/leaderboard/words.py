@@ -56,9 +56,8 @@ def _take(words: Words, word: str) -> None:
     elif equals and "/" not in key:
         raise ConfigError(f"{key}: no such word.{did_you_mean(key, KEYS)} There are {', '.join(KEYS)}.")
     else:
-        raise ConfigError(
-            f"{word or repr(word)}: {'no folder' if word and path.exists() else 'no such folder'}. Give folders that hold runs."
-        )
+        fault = "no folder" if word and path.exists() else "no such folder"
+        raise ConfigError(f"{word or repr(word)}: {fault}. Give folders that hold runs.")
 
 
 def _value(key: str, value: str) -> object:
