@@ -21,6 +21,8 @@ FILES = {"config.yaml", "run.json", "result.json"}
 """A folder with one of these is a run's."""
 METRICS = {"top1": "top1", "top5": "top5", "loss": "loss", "fps": "fps", "time": "seconds"}
 """The numbers of a run, and their keys in result.json."""
+LARGEST = 1e300
+"""What is no less, or not a number at all, counts as none."""
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: ten times as fast
 
 
@@ -180,7 +182,7 @@ def _read_result(run: Run) -> None:
         value = result.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise Damaged(f"result.json: {key} is no number")
-        run.metrics[name] = value
+        run.metrics[name] = value if value is not None and abs(value) < LARGEST else None
 
 
 def is_running(folder: Path) -> bool:

@@ -133,6 +133,18 @@ def test_every_state_of_a_run_is_told(tmp_path: Path) -> None:
     assert f"damaged: {tmp_path / 'numberless'}: result.json: top1 is no number" in text.stdout
 
 
+def test_what_is_no_finite_number_counts_as_none(tmp_path: Path) -> None:
+    for number, text in enumerate(("NaN", "Infinity", "null", "1" + "0" * 400), 1):
+        make_run(tmp_path / str(number), [f"epochs={number}"])
+        (tmp_path / str(number) / "result.json").write_text(f'{{"status": "completed", "top1": {text}, "fps": 5}}')
+    done = leaderboard(tmp_path, "format=json", f"html={tmp_path / 'board.html'}")
+    assert done.returncode == 0, done.stderr
+    assert "NaN" not in done.stdout
+    assert [(row["top1"], row["fps"], row["status"]) for row in json.loads(done.stdout)] == [
+        (None, 5.0, "completed")
+    ] * 4
+
+
 def test_runs_are_found_at_any_depth_once_and_not_in_what_runs_keep_for_others(sweep: Path) -> None:
     folder = sweep / "optim.lr=0.2,seed=1"
     for inner in ("wandb/offline-run-1/files", ".hydra"):
