@@ -1,7 +1,6 @@
 """From a command line to jobs: the door, ranks, what becomes of a job's errors, the table of a sweep."""
 
 import contextlib
-import json
 import logging
 import logging.config
 import os
@@ -363,41 +362,13 @@ def going_on(folder: Path) -> str:
 
 
 def print_table(folder: Path) -> None:
-    """All jobs of a sweep folder, best first, with the overrides in which they differ."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    """All jobs of a sweep folder, best first, with the settings in which they differ; then those over seeds as one."""
+    from ghostnet import results
 
-    jobs: list[tuple[dict[str, Any], str, list[str]]] = []
-    for config in sorted(folder.glob("**/config.yaml"), key=lambda path: (len(path.parent.name), path)):
-        job, result = config.parent, {"status": "cut off"}
-        if job.name == ".hydra":
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            result = json.loads((job / "result.json").read_text())
-        overrides = []
-        with contextlib.suppress(OSError):
-            overrides = [str(word) for word in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
-        jobs.append((result, str(job.relative_to(folder)), overrides))
-    if not jobs:
-        return
-    shared = set.intersection(*(set(words) for _, _, words in jobs)) if len(jobs) > 1 else set()
-    jobs.sort(key=lambda job: -job[0].get("top1", -1.0))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    columns = [Column(heading, no_wrap=True) for heading in ("job", *(heading for heading, _, _ in COLUMNS), "status")]
-    table = Table(columns[0], Column("overrides", overflow="fold"), *columns[1:], title="best first")
-    for result, number, words in jobs:
-        cells = [format(result[key], spec) if key in result else "–" for _, key, spec in COLUMNS]
-        table.add_row(number, " ".join(word for word in words if word not in shared), *cells, result["status"])
-    console.print(table)
-    print(f"sweep folder: {folder}", flush=True)
-
-
-COLUMNS = (
-    ("Acc@1", "top1", ".3f"),
-    ("Acc@5", "top5", ".3f"),
-    ("loss", "loss", ".4f"),
-    ("FPS", "fps", ".1f"),
-    ("seconds", "seconds", ".1f"),
-)
+    runs = results.collect([folder])
+    for grouped, title in ((False, "best first"), (True, "over seeds, with 95 % confidence")):
+        rows = results.best_first(results.rows(runs, grouped))
+        if rows and (len(rows) < len(runs) or not grouped):
+            results.show(rows, results.columns(runs, grouped), list(results.HEADINGS), title)
+    if runs:
+        print(f"sweep folder: {folder}", flush=True)

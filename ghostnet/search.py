@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import optuna
 from hydra.core.override_parser.types import Override
@@ -14,15 +14,30 @@ from ghostnet import record
 from ghostnet.errors import ConfigError
 from ghostnet.grid import SweepJob, job_name, space_of
 
-if TYPE_CHECKING:
-    from ghostnet.sweeps import Search
-
 STUDY = "ghostnet"
 JOURNAL = "optuna.journal"
 TRIAL = "trial.json"
 
 
-def search(sweep: "Search", parsed: Sequence[Override]) -> None:
+class Sweep(Protocol):
+    """What a search is told, and what runs its jobs: see conf/hydra/sweeper/optuna.yaml."""
+
+    n_trials: int
+    n_jobs: int
+    startup_trials: int
+    prune: bool
+    seed: int
+    storage: str | None
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder."""
+
+    def launch(self, jobs: Sequence[SweepJob]) -> None:
+        """Run jobs and come back when they ended."""
+
+
+def search(sweep: Sweep, parsed: Sequence[Override]) -> None:
     """Run batches of n_jobs trials until the study has n_trials that came to an end, earlier ones counted."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     fixed, searched = space_of(parsed)

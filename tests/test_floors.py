@@ -21,7 +21,8 @@ FLOORS = [
     {"sweeps"},
     {"overrides", "flags"},
     {"folders"},
-    {"presence", "rerun"},
+    {"presence", "rerun", "confidence", "runs"},
+    {"results"},
     {"launch"},
     {"train", "evaluate", "tools"},
 ]

@@ -352,7 +352,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_fails_at_the_end(run: Run, tmp_p
     statuses = [result(tmp_path / "sweep" / name)["status"] for name in names]
     assert statuses == ["failed", "failed", "completed", "completed"]
     assert_same_state(tmp_path / "single" / "last.pt", tmp_path / "sweep" / names[3] / "last.pt")
-    table = done.stdout[done.stdout.rindex("overrides") :]
+    table = done.stdout[done.stdout.rindex("best first") :]
     best, other = sorted(names[2:], key=lambda name: -result(tmp_path / "sweep" / name)["top1"])
     assert "failed" in table
     assert table.index(f"│ {best} ") < table.index(f"│ {other} ") < table.index("failed")
