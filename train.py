@@ -36,12 +36,13 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.device import check_sync_bn, cpu_count, describe, memory_format, peak_memory
     from ghostnet.distributed import settle, synchronized
     from ghostnet.ema import Ema
-    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo, Wandb
+    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
     from ghostnet.signals import Interrupted, StopSignal
+    from ghostnet.wandb_logger import ID_FILE
 
     cfg, folder, console = job.cfg, job.folder, ConsoleLogger(quiet=not ranks.is_main)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
@@ -131,7 +132,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         state.load_state_dict(saved)
         earlier = saved["seconds"]
         del saved  # a second copy of all weights and moments
-        for name in (checkpoint.BEST, Wandb.ID_FILE) if ranks.is_main else ():
+        for name in (checkpoint.BEST, ID_FILE) if ranks.is_main else ():
             if (path.parent / name).exists() and not (folder / name).exists():
                 shutil.copy2(path.parent / name, folder / name)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
