@@ -6,9 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +16,9 @@ from omegaconf import OmegaConf
 from ghostnet.errors import ConfigError
 from ghostnet.loggers import Row, RunInfo, say
 from ghostnet.schema import Positive
+from ghostnet.wandb_process import Recorder
 from ghostnet.wandb_recorder import Request
 
-REPOSITORY = Path(__file__).parent.parent
 ID_FILE = "wandb_id"
 FORBIDDEN = set("/\\#?%:")
 """Characters that a project's name can't have."""
@@ -68,7 +65,7 @@ class Wandb:
         # WANDB_MODE is how clusters say that there is no network.
         self.mode = os.environ.get("WANDB_MODE", mode) if mode == "online" else mode
         self.recorder: Recorder | None = None
-        self.failed = False
+        self.failed = self.ending = False
         check(self.options, self.mode)
 
     def start(self, run: RunInfo) -> None:
@@ -76,7 +73,7 @@ class Wandb:
         if self.mode == "disabled":
             return
         self.folder = run.folder
-        wanted = request(run.folder, run.config, self.options, self.mode == "online", live=True)
+        wanted = request(run.folder, run.config, self.options, online=self.mode == "online", live=True)
         (run.folder / ID_FILE).write_text(wanted.id + "\n")
         self.step = run.step
         try:
@@ -92,6 +89,7 @@ class Wandb:
 
     def finish(self, result: Row | None) -> None:
         """Bring the result and wait for the end, for so long as the time limit says; say what was recorded where."""
+        self.ending = True
         if self.recorder is not None:
             self.recorder.end(result)
             self._hear(self.recorder.rest(self.options.timeout))
@@ -123,21 +121,22 @@ class Wandb:
 
     def _fail(self, why: str) -> None:
         """Say it, once, and be done with Weights & Biases."""
-        say(f"Weights & Biases failed at step {self.step}: {why}. Training goes on without it.")
+        goes_on = "" if self.ending else " Training goes on without it."
+        say(f"Weights & Biases failed at step {self.step}: {why}.{goes_on}")
         if self.recorder is not None:
             self.recorder.kill()
         self.recorder, self.failed = None, True
 
 
 def check(options: Options, mode: str) -> None:
-    """ConfigError where Weights & Biases would refuse the options, or isn't installed."""
+    """ConfigError where wandb would refuse the options, or isn't installed."""
     if bad := FORBIDDEN & set(options.project):
         raise ConfigError(f"logger.wandb.project={options.project}: a project's name can't have {' '.join(bad)}.")
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger=wandb: wandb is not installed: pip install wandb, or leave logger=wandb out.")
 
 
-def request(folder: Path, config: dict[str, Any], options: Options, online: bool, live: bool) -> Request:
+def request(folder: Path, config: dict[str, Any], options: Options, *, online: bool, live: bool) -> Request:
     """What a recorder is to be told of the run in a folder.
 
     A job of a sweep: the group is the sweep's, the name says what differs, unless the options say otherwise. Under an
@@ -184,80 +183,3 @@ def sweep_name(folder: str | None) -> str | None:
     parts = Path(folder).parts
     behind = parts[len(parts) - parts[::-1].index("multirun") :] if "multirun" in parts else ()
     return "/".join(behind or parts[-1:])
-
-
-class Recorder:
-    """The process that records one run, as seen from here."""
-
-    SLOW = 3.0
-    """Seconds of waiting for its end before that is said."""
-    LATE = 15.0
-    """Seconds beyond the time limit, which it keeps itself, after which it is killed."""
-
-    def __init__(self, wanted: Request) -> None:
-        """OSError where no process can be started."""
-        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ghostnet.wandb_recorder"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path, "WANDB_SILENT": "true"},
-            start_new_session=True,  # Ctrl-C is for the training, which then ends this one
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.stdin, self.stdout, self.buffer = self.process.stdin, self.process.stdout, b""
-        self.told = self.closed = False
-        os.set_blocking(self.stdout.fileno(), False)
-        self._send(dataclasses.asdict(wanted))
-
-    def _send(self, content: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # what it died of is in its messages
-            self.stdin.write((json.dumps(content) + "\n").encode())
-            self.stdin.flush()
-
-    def news(self) -> Iterator[dict[str, Any]]:
-        """Its messages since the last call, without waiting; an end that it didn't explain is one of them."""
-        while not self.closed and (content := self.stdout.read()) is not None:
-            self.closed = content == b""
-            self.buffer += content
-        *lines, self.buffer = self.buffer.split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            self.told |= message["event"] in ("done", "failed")
-            yield message
-        if self.closed and not self.told:
-            self.told = True
-            yield {"event": "failed", "why": f"its process ended ({self.process.wait()})"}
-
-    def end(self, result: Row | None) -> None:
-        """Tell it that there are no more rows."""
-        self._send({"result": result})
-        with contextlib.suppress(BrokenPipeError):
-            self.stdin.close()
-
-    def rest(self, timeout: float) -> Iterator[dict[str, Any]]:
-        """Its messages until it has ended; one that takes too long is killed."""
-        started, said = time.monotonic(), False
-        while not self.told:
-            yield from self.news()
-            waited = time.monotonic() - started
-            if not said and waited > self.SLOW and not self.told:
-                said = True
-                yield {"event": "waiting"}
-            if waited > timeout + self.LATE and not self.told:
-                self.told = True
-                self.kill()
-                yield {"event": "failed", "why": "it did not end in time"}
-            time.sleep(0.02)
-        self.process.wait()
-        self.stdout.close()
-
-    def kill(self) -> None:
-        """End the process at once; the service that it started ends by itself."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.stdin, self.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()

@@ -43,6 +43,10 @@ class Request:
     """The process whose CPU time and memory are measured beside it."""
 
 
+class OfflineError(Exception):
+    """The server can't be reached, or there is no login: true of any run."""
+
+
 class Lines:
     """The lines that a file gets, as they come; one that isn't ended yet is left for later."""
 
@@ -75,11 +79,24 @@ def history_step(row: dict[str, Any]) -> int:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """What was recorded of a run when a recorder last ended: rows, result, online, where; empty where none did."""
+    """What is known to be recorded of a run; empty where nothing is.
+
+    rows: how many of metrics.jsonl; result: whether the result too; online: at the server, else on disk only; path:
+    entity/project/id at the server, None where it never was there; where: wandb's own folder of the last record.
+    """
     try:
         return dict(json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def write_state(folder: Path, run: Any, online: bool, rows: int, result: bool) -> None:  # noqa: ANN401 (wandb's run)
+    """Write what state() reads, whole or not at all."""
+    known = {"rows": rows, "result": result, "online": online, "where": str(run.settings.sync_dir)}
+    known["path"] = run.path if online else state(folder).get("path")
+    temporary = folder / f".{STATE}.tmp"
+    temporary.write_text(json.dumps(known) + "\n")
+    temporary.replace(folder / STATE)
 
 
 class Channel:
@@ -107,7 +124,7 @@ def main() -> None:
     try:
         record(request, channel)
     except BaseException as error:
-        channel.tell("failed", why=explain(error))
+        channel.tell("failed", why=explain(error), offline=isinstance(error, OfflineError))
         os._exit(1)  # wandb's exit hooks would wait for a service that may be gone
     os._exit(0)
 
@@ -116,7 +133,7 @@ def explain(error: BaseException) -> str:
     """An error of wandb's in one line."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: pip install {error.name}"
-    if isinstance(error, ConnectionError):
+    if isinstance(error, ConnectionError) or type(error).__name__ in ("HandleAbandonedError", "MailboxClosedError"):
         return "its service process is gone"
     if isinstance(error, TimeoutError):
         return "it did not take everything in time"
@@ -135,15 +152,17 @@ def record(request: Request, channel: Channel) -> None:
     there = run.step if online else 0
     if there and not request.live:
         printed = Lines(Path(os.devnull))
-    channel.tell("started", url=run.url if online else None, there=there)
+    write_state(folder, run, online, 0, result=False)
+    channel.tell("started", url=run.url if online else None)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    rows, count, last = Lines(folder / "metrics.jsonl"), 0, None
+    rows, count, sent, last = Lines(folder / "metrics.jsonl"), 0, 0, None
     while last is None:
         last = told(INTERVAL)
         for row in rows.of_json():
             count += 1
             if history_step(row) >= there:
+                sent += 1
                 run.log(row | {"_timestamp": row["time"]}, step=history_step(row), commit=True)
             if not request.live and count % 100 == 0:
                 channel.tell("rows", count=count)
@@ -151,12 +170,9 @@ def record(request: Request, channel: Channel) -> None:
             print(line)
     result = last.get("result")
     artifact = finish(wandb, run, request, result)
-    where = str(run.settings.sync_dir)
-    written = {"rows": count, "result": result is not None, "online": online, "where": run.path if online else where}
-    temporary = folder / f".{STATE}.tmp"
-    temporary.write_text(json.dumps(written) + "\n")
-    temporary.replace(folder / STATE)
-    channel.tell("done", online=online, where=written["where"], sent=count, artifact=artifact)
+    write_state(folder, run, online, count, result is not None)
+    where = run.path if online else str(run.settings.sync_dir)
+    channel.tell("done", online=online, where=where, rows=count, sent=sent, artifact=artifact)
 
 
 def told(seconds: float) -> dict[str, Any] | None:
@@ -191,7 +207,7 @@ def opened(wandb: Any, request: Request, channel: Channel) -> tuple[Any, bool]: 
         except (wandb.errors.Error, TimeoutError) as error:
             why = f"Weights & Biases can't be reached ({explain(error)})"
         if not request.live:
-            raise OSError(why)
+            raise OfflineError(why)
         wandb.teardown()  # the service still holds the id of the run that failed
         channel.tell("offline", why=why)
     return init("offline"), False
@@ -201,10 +217,9 @@ def finish(wandb: Any, run: Any, request: Request, result: dict[str, Any] | None
     """The summary, the best checkpoint where that is asked for, and the end of the run -> the artifact's name."""
     best, name = Path(request.folder) / "best.pt", None
     if result is not None:
-        run.summary.update({f"best/{key}": result[key] for key in ("top1", "top5", "loss")})
-        run.summary["fps"] = result["fps"]
+        facts = {key: result[key] for key in ("top1", "top5", "loss", "best_epoch")}
+        run.summary.update({f"best/{key}": facts[key] for key in ("top1", "top5", "loss")} | {"fps": result["fps"]})
         if request.artifact and best.exists():
-            facts = {key: result[key] for key in ("top1", "top5", "loss", "best_epoch")}
             artifact = wandb.Artifact(f"ghostnet-{request.id}", type="model", metadata=facts)
             name = f"{run.entity}/{run.project}/{artifact.name}:best"
             # As it lies there, without a copy in wandb's own staging folder: nothing writes to it any more.
