@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 
 INTERVAL = 1.0
 """Seconds between two looks at metrics.jsonl."""
+CONFIRMATIONS = 10
+"""How often the server is asked, an interval apart, whether it has all rows."""
 STATE = "wandb_synced"
 """The file in the run folder that tells what Weights & Biases has of the run."""
 
@@ -45,6 +48,10 @@ class Request:
 
 class OfflineError(Exception):
     """The server can't be reached, or there is no login: true of any run."""
+
+
+class UnconfirmedError(Exception):
+    """The server may not have all rows."""
 
 
 class Lines:
@@ -170,8 +177,11 @@ def record(request: Request, channel: Channel) -> None:
             print(line)
     result = last.get("result")
     artifact = finish(wandb, run, request, result)
+    if online:
+        confirm(wandb, run.path, count)
     write_state(folder, run, online, count, result is not None)
     where = run.path if online else str(run.settings.sync_dir)
+    wandb.teardown()
     channel.tell("done", online=online, where=where, rows=count, sent=sent, artifact=artifact)
 
 
@@ -226,8 +236,21 @@ def finish(wandb: Any, run: Any, request: Request, result: dict[str, Any] | None
             artifact.add_file(str(best), policy="immutable")
             run.log_artifact(artifact, aliases=["best"])
     run.finish(exit_code=0 if result is not None else 1)
-    wandb.teardown()
     return name
+
+
+def confirm(wandb: Any, path: str, rows: int) -> None:  # noqa: ANN401 (the module)
+    """Ask the server whether it has so many rows; UnconfirmedError where it hasn't: finish() is silent on that."""
+    lines = 0
+    for attempt in range(CONFIRMATIONS):
+        time.sleep(attempt and INTERVAL)  # a busy server takes a moment
+        try:
+            lines = int(wandb.Api(timeout=15).run(path).historyLineCount or 0)
+        except Exception as error:
+            raise UnconfirmedError(f"it does not tell how many rows it has ({explain(error)})") from None
+        if lines >= rows:
+            return
+    raise UnconfirmedError(f"it has {lines:,} of {rows:,} rows")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,8 +57,9 @@ class Handler(BaseHTTPRequestHandler):
         body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
         if self.path == "/graphql":
             asked = json.loads(body)
-            answer = getattr(self, asked["operationName"], lambda **variables: {})
-            self.answer(200, {"data": answer(**asked.get("variables", {}))})
+            operation = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
+            answer = getattr(self, operation[1] if operation else "", lambda **variables: {})
+            self.answer(200, {"data": answer(**(asked.get("variables") or {}))})
         else:
             if self.path.endswith("/file_stream"):
                 self.stream(self.path.split("/")[-2], json.loads(body))
@@ -79,6 +81,11 @@ class Handler(BaseHTTPRequestHandler):
     def Viewer(self, **variables: Any) -> dict[str, Any]:  # noqa: N802 (names of the protocol)
         return {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
 
+    GetDefaultEntity = Viewer  # noqa: N815
+
+    def ServerFeaturesQuery(self, **variables: Any) -> dict[str, Any]:  # noqa: N802
+        return {"serverInfo": {"features": []}}
+
     def RunResumeStatus(self, name: str, **variables: Any) -> dict[str, Any]:  # noqa: N802
         model: dict[str, Any] = {"id": "p", "name": "p", "entity": {"id": "1", "name": "me"}, "bucket": None}
         if (run := self.server.runs.get(name)) is not None:
@@ -95,6 +102,12 @@ class Handler(BaseHTTPRequestHandler):
         project = {"id": "p", "name": variables["project"], "entity": {"id": "1", "name": "me"}}
         bucket = {"id": name, "name": name, "displayName": run["displayName"] or "fancy-tree-1", "config": "{}"}
         return {"upsertBucket": {"bucket": bucket | {"project": project, "historyLineCount": 0}, "inserted": True}}
+
+    def Run(self, name: str, **variables: Any) -> dict[str, Any]:  # noqa: N802
+        lines = len(self.server.runs[name]["history"])
+        run = {"id": name, "name": name, "projectId": "1", "state": "finished", "historyLineCount": lines}
+        run |= {"config": "{}", "summaryMetrics": "{}", "systemMetrics": "{}", "historyKeys": None, "user": {}}
+        return {"project": {"run": run}}
 
     def CreateRunFiles(self, run: str, files: list[str], **variables: Any) -> dict[str, Any]:  # noqa: N802
         host = f"http://127.0.0.1:{self.server.server_address[1]}"
