@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
     def Viewer(self, **variables: Any) -> dict[str, Any]:  # noqa: N802 (names of the protocol)
         return {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
 
-    GetDefaultEntity = Viewer  # noqa: N815
+    GetDefaultEntity = Viewer
 
     def ServerFeaturesQuery(self, **variables: Any) -> dict[str, Any]:  # noqa: N802
         return {"serverInfo": {"features": []}}
