@@ -1,6 +1,7 @@
 """Train GhostNet: python train.py [group=option …] [key=value …]; python train.py -m key=a,b for a sweep."""
 
 import contextlib
+import functools
 import shutil
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.signals import Interrupted, StopSignal
     from ghostnet.wandb_logger import ID_FILE
 
-    cfg, folder, console = job.cfg, job.folder, ConsoleLogger(quiet=not ranks.is_main)
+    cfg, folder, console = job.cfg, job.folder, ConsoleLogger(not ranks.is_main, job.prefix)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
 
     # Device
@@ -168,7 +169,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         ranks.barrier()
 
     # The loop
-    result = None
+    result, pruned = None, False
     if ranks.is_main:
         (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
     try:
@@ -186,9 +187,10 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
                             console.say(f"note    {cache}")
                         if state.best is state.last:
                             save(checkpoint.BEST)
+                        pruned = ranks.from_main(functools.partial(_is_hopeless, folder, state.last))
                     if within == 0 and state.step:
                         save(checkpoint.LAST)
-                    if state.step >= total_steps:
+                    if state.step >= total_steps or pruned:
                         break
                     for step in engine.train(state, train_loader, recipe, stop):
                         console.advance(step)
@@ -208,7 +210,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         # Result
         source, speed = "ema" if ema else "eval", state.speed.total
         result = {
-            "status": "completed",
+            "status": "pruned" if pruned else "completed",
             "top1": state.best[f"{source}/top1"],
             "top5": state.best[f"{source}/top5"],
             "loss": state.best[f"{source}/loss"],
@@ -263,6 +265,15 @@ def _saved(resume: str | None, folder: Path) -> tuple[Path, dict[str, Any] | Non
         return path, None
     path = path if resume == "auto" else checkpoint.find(resume, checkpoint.LAST)
     return path, checkpoint.load(path)
+
+
+def _is_hopeless(folder: Path, row: "Row") -> bool:
+    """Whether a trial of a search need not go on; no other run is told so."""
+    if not (folder / "trial.json").exists():
+        return False
+    from ghostnet.search import hopeless
+
+    return hopeless(folder, row["epoch"], row["ema/top1" if "ema/top1" in row else "eval/top1"])
 
 
 def _efficiency(result: dict[str, Any], baseline: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,20 +21,24 @@ from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from ghostnet import record, workers
 from ghostnet.config import Config, resolved, unresolved
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError, explain
-from ghostnet.folders import check_resume, claim, leave_no_empty_run, settle, write_json
+from ghostnet.folders import baseline, check_resume, claim, leave_no_empty_run, settle, write_json
 from ghostnet.overrides import Checked, check_command, quoted
+from ghostnet.rerun import expanded, own_words
+from ghostnet.rerun import note as rerun_note
+from ghostnet.sweeps import OPTUNA
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
 
 log = logging.getLogger("ghostnet")
 
-typed: list[str] = sys.argv[1:]
-"""The command line as the user typed it."""
 failed: list[Path] = []
 """The folders of the jobs that failed in this process."""
+entered: list[bool] = []
+"""Whether this is the process of the command; else it is one that a launcher made for its jobs."""
 
 Run = Callable[[Any, "Ranks"], dict[str, Any]]
 """What a program does with one job, on every rank; the main rank's result counts."""
@@ -54,6 +58,8 @@ class Job:
     """What the user typed."""
     logging: dict[str, Any]
     """Of the main rank, as logging.config.dictConfig takes it."""
+    prefix: str = ""
+    """Of what is printed, where other jobs print beside this one."""
 
 
 def say(text: str) -> None:
@@ -63,7 +69,7 @@ def say(text: str) -> None:
 
 def command_line(words: list[str]) -> str:
     """The words as they would be typed again."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *words])
+    return shlex.join(["python", workers.typed()[0], *words])
 
 
 def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
@@ -77,20 +83,27 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     ranks = _join()
     if ranks is not None and not ranks.is_main:
         sys.exit(_serve(ranks, run))
+    entered.append(True)
+    words = sys.argv[1:]
+    workers.tell_workers(Path(sys.argv[0]).name, words)
     args = get_args_parser().parse_args()
     asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
     folder, code = None, 0
     try:
         if not (args.help or args.hydra_help or args.shell_completion):
-            checked = check_command(args.config_name or name, args.overrides, args.multirun)
+            overrides = expanded(args.overrides, args.multirun) if trains else args.overrides
+            sys.argv[1:] = [word for word in words if word not in args.overrides] + overrides
+            checked = check_command(args.config_name or name, overrides, args.multirun)
             _check_ranks(checked, ranks)
             if not asks:
                 for job in checked.jobs:
                     check_paths(job, trains)
             if trains and not asks:
-                place = settle(checked, typed, args.multirun)
+                place = settle(checked, words)
                 folder = claim(place)
                 sys.argv.append(f"{place.key}={quoted(folder)}")
+                if checked.multirun:
+                    sys.argv += _of_sweep(checked)
             elif args.multirun:
                 raise ConfigError(f"-m is for train.py: {name}.py takes one command at a time.")
         main()
@@ -101,13 +114,26 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
         say("stopped at once, as asked.")
         sys.exit(130)
     finally:
-        if folder is not None and args.multirun:
+        if folder is not None and checked.multirun:
             print_table(folder)
+            code = code or any(record.status(job) == "failed" for job in folder.iterdir())
     if ranks is not None and not failed:
         ranks.share(None)
         ranks.leave()
     if code or failed:
         sys.exit(1)
+
+
+def _of_sweep(checked: Checked) -> list[str]:
+    """Words that a sweep is given besides: that it goes on, and how many jobs run at once."""
+    added = ["resume=auto"] if checked.jobs[0]["sweep"] else []
+    launcher = checked.hydra.launcher
+    if workers.is_joblib(checked.hydra):
+        n_jobs = min(workers.jobs_at_once(job["device"], launcher.n_jobs) for job in checked.jobs)
+        added.append(f"hydra.launcher.n_jobs={n_jobs}")
+        if checked.hydra.sweeper._target_ == OPTUNA and "hydra.sweeper.n_jobs" not in " ".join(sys.argv):
+            added.append(f"hydra.sweeper.n_jobs={n_jobs}")
+    return added
 
 
 there: list["Ranks"] = []
@@ -173,6 +199,8 @@ def check_paths(cfg: Config, trains: bool) -> None:
                 find(split, node["root"])
         except UserError as error:
             raise ConfigError(str(error)) from None
+    if trains and cfg["baseline"]:
+        baseline(cfg["baseline"])
 
 
 def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN401 (for run)
@@ -225,27 +253,66 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 def guard(cfg: DictConfig, run: Run) -> float | None:
     """Run a job; its faults end in one message. In a sweep they are noted and the next job goes on. -> Acc@1."""
-    from ghostnet.signals import Interrupted
-
     hydra = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
     logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    job = Job(resolved(cfg), unresolved(cfg), folder, command_line(typed), logs)
-    if sweep:
-        print(f"\njob {hydra.job.num}: {' '.join(hydra.overrides.task)} -> {folder}", flush=True)
+    job = Job(resolved(cfg), unresolved(cfg), folder, command_line(workers.typed()[1:]), logs)
+    if entered:
+        if sweep:
+            print(f"\njob {folder.name} -> {folder}", flush=True)
+        return _guarded(job, run, sweep)
+    if workers.stopped:
+        return None
+    with workers.job_signals(child=workers.is_joblib(hydra)):
+        if workers.is_joblib(hydra):
+            workers.take_share(folder.parent, job.cfg["device"], hydra.launcher.n_jobs)
+        return _guarded(replace(job, prefix=f"[{folder.name}] "), run, sweep)
+
+
+def _guarded(job: Job, run: Run, sweep: bool) -> float | None:
+    from ghostnet.signals import Interrupted
+
+    folder = job.folder
+    try:
+        with record.locked(folder):
+            return _recorded(job, run, sweep)
+    except Interrupted as stop:
+        say(f"{job.prefix}{stop}: {folder / 'last.pt'} is saved. To go on:\n  {going_on(folder)}")
+        if entered:
+            raise SystemExit(128 + stop.signum) from None
+        workers.stopped.append(stop.signum)
+        if stop.signum == signal.SIGUSR2:
+            signal.raise_signal(stop.signum)  # submitit's: it puts the job back into the queue
+        return None
+    except ConfigError as error:
+        # Of the lock: what is in the folder is another's.
+        say(f"error: {job.prefix}{error}")
+        failed.append(folder)
+        if not sweep:
+            leave_no_empty_run(folder)
+        return None
+
+
+def _recorded(job: Job, run: Run, sweep: bool) -> float | None:
+    """Run a job and leave in its folder what reproduces it, and of a job of a sweep what went wrong."""
+    from ghostnet.signals import Interrupted
+
+    folder = job.folder
     try:
         check_resume(folder, job.cfg)
         OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
+        record.write(folder, _provenance(job, sweep))
+        if difference := rerun_note(job.cfg["rerun"]):
+            say(f"note    {job.prefix}rerun: {difference}")
         return float(on_ranks(run, job, job.cfg["device"])["top1"])
-    except Interrupted as stop:
-        say(f"{stop}: {folder / 'last.pt'} is saved. To go on:\n  {going_on(folder)}")
-        raise SystemExit(128 + stop.signum) from None
+    except Interrupted:
+        raise
     except Exception as error:
         log.exception("failed")
         message = explain(error)
         if message is None and not sweep:
             raise
-        say(f"error: {message or f'{type(error).__name__}: {error}'}")
+        say(f"error: {job.prefix}{message or f'{type(error).__name__}: {error}'}")
         if isinstance(error, SampleError) and (folder / "last.pt").exists():
             say(f"What was trained so far is saved. To go on once that is mended:\n  {going_on(folder)}")
         failed.append(folder)
@@ -259,12 +326,31 @@ def guard(cfg: DictConfig, run: Run) -> float | None:
         return None
 
 
+def _provenance(job: Job, sweep: bool) -> dict[str, Any]:
+    """What run.json tells of the command."""
+    hydra = HydraConfig.get()
+    words = own_words(list(hydra.overrides.task))
+    flags = ["hydra.mode=RUN"] if sweep and "-m" not in workers.typed() and "--multirun" not in workers.typed() else []
+    return {
+        "command": job.command,
+        "rerun": command_line([*words, *flags]),
+        "overrides": words,
+        "sweep": str(Path(hydra.sweep.dir).absolute()) if sweep else None,
+        "name": job.folder.name if sweep else None,
+        "seed": job.cfg["seed"],
+        "started": time.time(),
+    }
+
+
 def going_on(folder: Path) -> str:
     """The command that goes on with this run, or with the sweep that it is a job of."""
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN
     key, place = ("hydra.sweep.dir", hydra.sweep.dir) if sweep else ("hydra.run.dir", folder)
-    again = [word for word in typed if not word.startswith(("resume=", f"{key}="))]
+    words = workers.typed()[1:]
+    if any(word.startswith("sweep=") for word in words):
+        return command_line(words)
+    again = [word for word in words if not word.startswith(("resume=", f"{key}="))]
     return command_line([*again, f"{key}={quoted(os.path.relpath(place))}", "resume=auto"])
 
 

@@ -100,10 +100,10 @@ class Display(Progress):
 class ConsoleLogger:
     """A live display on a terminal, plain lines elsewhere; lines of epochs and results on both, and in train.log."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        """quiet: say nothing at all."""
+    def __init__(self, quiet: bool = False, prefix: str = "") -> None:
+        """quiet: say nothing at all. prefix: of each line, where other runs print beside this one: no live display."""
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self.live = self.console.is_terminal and not quiet
+        self.live, self.prefix = self.console.is_terminal and not quiet and not prefix, prefix
         self.progress = Display(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -174,7 +174,7 @@ class ConsoleLogger:
 
     def say(self, text: str) -> None:
         """One line, on the console and in the log file."""
-        self.console.print(text, markup=False)
+        self.console.print(self.prefix + text, markup=False)
         log.info(text)
 
     def finish(self, result: Row | None) -> None:
@@ -188,7 +188,8 @@ class ConsoleLogger:
         cells += [result["amp"].upper(), result["torch"]]
         table = Table(*("NAME", "Acc@1", "FPS", "Epochs", "AMP_Type", "Torch_Version"))
         table.add_row(*cells)
-        self.console.print(table)
+        if not self.prefix:
+            self.console.print(table)
         log.info("NAME | Acc@1 | FPS | Epochs | AMP_Type | Torch_Version: %s", " | ".join(cells))
         self.say(f"Final Performance images/sec : {result['fps']:.2f}")
         self.say(f"Final Train Accuracy : {result['top1']:.3f}")

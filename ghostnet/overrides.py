@@ -3,25 +3,24 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ghostnet.config import OWN_SCHEMAS, Config, check, flat, resolved, unresolved
 from ghostnet.errors import ConfigError
 from ghostnet.schema import did_you_mean
-
-CONF = Path(__file__).parent.parent / "conf"
+from ghostnet.sweeps import CONF, SweepJob, check_plugins, jobs_at_the_door, register, words_of
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,21 @@ class Checked:
     """A command that passed the door."""
 
     jobs: list[Config]
-    """The resolved config of each job, one unless it is a sweep."""
+    """The resolved config of each job, one unless it is a sweep; of a search, those at the corners of its space."""
     hydra: DictConfig
     """Hydra's own config."""
+    names: list[str] = field(default_factory=lambda: [""])
+    """The folder of each job in the sweep's; empty where that is not known yet."""
+    multirun: bool = False
+    """By -m, or by an experiment that is a sweep."""
 
 
 def check_command(name: str, overrides: Sequence[str], multirun: bool) -> Checked:
     """Compose every job of a command and check it; one ConfigError lists all that is wrong, each with its way out."""
     with _hydra(), _yaml_errors():
         parsed = [_parse(name, word) for word in overrides]
+        hydra = _hydra_config(name, parsed)
+        multirun = multirun or (hydra is not None and hydra.mode == RunMode.MULTIRUN)
         if swept := [] if multirun else [o.input_line for o in parsed if o.is_sweep_override()]:
             words = " ".join(word.replace("hydra.run.dir=", "hydra.sweep.dir=") for word in overrides)
             sweep = (
@@ -46,22 +51,37 @@ def check_command(name: str, overrides: Sequence[str], multirun: bool) -> Checke
             raise ConfigError(
                 f"{swept[0]}: several values. A list is written [a,b], a value with a comma is quoted{sweep}"
             )
-        try:
-            jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [list(overrides)]
-        except HydraException as error:
-            raise ConfigError(_first_line(error)) from None
+        jobs = [SweepJob("", list(overrides))]
+        if multirun:
+            swept_by_config = words_of(hydra.sweeper.get("params")) if hydra is not None else []
+            jobs = jobs_at_the_door([*(_parse(name, word) for word in swept_by_config), *parsed], hydra)
         if not jobs:
             raise ConfigError("this sweep has no job: one of its keys has no value.")
         found: dict[str, None] = {}
         configs = []
         for job in jobs:
-            config, wrong = _check_job(name, job)
+            config, wrong = _check_job(name, job.words)
             found |= dict.fromkeys(wrong)
             configs.append(config)
         if found:
             raise ConfigError("\n       ".join(found))
-        cfg = compose(name, overrides=list(jobs[0]), return_hydra_config=True)
-        return Checked(configs, cfg.hydra)
+        if hydra is None or not multirun:
+            hydra = compose(name, overrides=jobs[0].words, return_hydra_config=True).hydra
+        check_plugins(hydra)
+        return Checked(configs, hydra, [job.name for job in jobs], multirun)
+
+
+def _hydra_config(name: str, parsed: Sequence[Override]) -> DictConfig | None:
+    """Hydra's part of the config, on which it depends whether and how a command sweeps; None where it has faults."""
+    words = [
+        o.input_line or "" for o in parsed if o.key_or_group in ("experiment", "local") or "hydra" in o.key_or_group
+    ]
+    try:
+        hydra: DictConfig = compose(name, overrides=words, return_hydra_config=True).hydra
+        OmegaConf.resolve(hydra.sweep)
+        return hydra
+    except (HydraException, OmegaConfBaseException):
+        return None
 
 
 @contextlib.contextmanager
@@ -94,6 +114,7 @@ def _parse(name: str, word: str) -> Override:
 
 def _hydra() -> Any:  # noqa: ANN401 (a context manager that hydra does not type)
     GlobalHydra.instance().clear()
+    register()
     return initialize_config_dir(str(CONF), version_base="1.3")
 
 
