@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: python evaluate.py ckpt=FILE|RUN_FOLDER [data.root=…] -> Acc@1, Acc@5, loss, FPS."""
+"""Evaluate a checkpoint: python evaluate.py ckpt=FILE|RUN_FOLDER|wandb://… [data.root=…] -> Acc@1, Acc@5, loss, FPS."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from ghostnet import launch
 from ghostnet.config import Config, build, build_model, check, resolved, unresolved
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.overrides import given_keys
+from ghostnet.wandb_artifact import located
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -120,6 +121,7 @@ def main(cfg: DictConfig) -> float:
     from ghostnet.loggers import jsonable
 
     try:
+        cfg.ckpt = located(cfg.ckpt)
         job = unresolved(cfg), list(HydraConfig.get().overrides.task)
         result = launch.on_ranks(run, job, resolved(cfg)["device"])
     except Exception as error:

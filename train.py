@@ -43,6 +43,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
     from ghostnet.signals import Interrupted, StopSignal
+    from ghostnet.wandb_artifact import located
     from ghostnet.wandb_logger import ID_FILE
 
     cfg, folder, console = job.cfg, job.folder, ConsoleLogger(not ranks.is_main, job.prefix)
@@ -75,7 +76,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     seed_init(seed)
     model = build_model(cfg["model"], num_classes)
     if cfg["model"]["weights"]:
-        for message in load_weights(model, cfg["model"]["weights"]):
+        weights = ranks.from_main(lambda: located(cfg["model"]["weights"]))
+        for message in load_weights(model, weights):
             console.say(message)
     if cfg["model"]["freeze"]:
         if not isinstance(model, GhostNet):
@@ -174,7 +176,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
     try:
         for logger in loggers:
-            logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs))
+            logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs, job.prefix))
         with StopSignal(ranks) as stop:
             try:
                 while True:

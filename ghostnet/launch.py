@@ -29,6 +29,7 @@ from ghostnet.overrides import Checked, check_command, quoted
 from ghostnet.rerun import expanded, own_words
 from ghostnet.rerun import note as rerun_note
 from ghostnet.sweeps import OPTUNA
+from ghostnet.wandb_artifact import located
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -187,10 +188,14 @@ def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
 
 
 def check_paths(cfg: Config, trains: bool) -> None:
-    """ConfigError where a file or folder that a job names is not there, before torch is loaded for it."""
+    """ConfigError where a file, folder or artifact that a job names is not there, before torch is loaded for it."""
     files = [cfg["model"]["weights"]] if trains else [cfg["ckpt"]]
     for path in filter(None, files):
-        if not Path(path).expanduser().exists():
+        try:
+            here = located(path)
+        except UserError as error:
+            raise ConfigError(str(error)) from None
+        if not Path(here).expanduser().exists():
             raise ConfigError(f"{path} does not exist: give a checkpoint file{'' if trains else ' or a run folder'}.")
     node = cfg["data"]["dataset"]
     if trains and (find := getattr(get_object(node["_target_"]), "find", None)):

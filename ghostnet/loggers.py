@@ -33,6 +33,8 @@ class RunInfo:
     """The step of the last evaluation that finished."""
     total_steps: int
     epochs: int
+    prefix: str = ""
+    """Of what is printed, where other runs print beside this one."""
 
 
 class Logger(Protocol):

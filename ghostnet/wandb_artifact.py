@@ -1,6 +1,7 @@
 """Checkpoints that lie at Weights & Biases: wandb://entity/project/artifact:alias becomes a file in the cache."""
 
 import contextlib
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -25,10 +26,17 @@ def is_artifact(path: str | None) -> bool:
     return True
 
 
+def located(path: str) -> str:
+    """A path as it is, or the file in the cache that an artifact's address stands for."""
+    return str(fetch(path)) if is_artifact(path) else path
+
+
+@functools.cache
 def fetch(path: str) -> Path:
     """The checkpoint of an artifact, downloaded unless the cache has this version -> its file there.
 
-    UserError without a login, a network, an artifact of that name, or a checkpoint in it.
+    The server is asked once in a process. UserError without a login, a network, an artifact of that name, or a
+    checkpoint in it.
     """
     name = path.removeprefix(SCHEME)
     name = name if ":" in name else f"{name}:latest"

@@ -75,7 +75,7 @@ class Wandb:
         self.folder = run.folder
         wanted = request(run.folder, run.config, self.options, online=self.mode == "online", live=True)
         (run.folder / ID_FILE).write_text(wanted.id + "\n")
-        self.step = run.step
+        self.step, self.prefix = run.step, run.prefix
         try:
             self.recorder = Recorder(wanted)
         except OSError as error:
@@ -94,7 +94,7 @@ class Wandb:
             self.recorder.end(result)
             self._hear(self.recorder.rest(self.options.timeout))
         if self.failed:
-            say(
+            self._say(
                 "What Weights & Biases lacks is in metrics.jsonl. To send it:\n"
                 f"  python -m ghostnet.tools.wandb_sync {os.path.relpath(self.folder)}"
             )
@@ -103,26 +103,29 @@ class Wandb:
         for message in messages:
             event = message["event"]
             if event == "started" and message["url"]:
-                say(f"wandb   {message['url']}")
+                self._say(f"wandb   {message['url']}")
             elif event == "offline":
-                say(f"{message['why'][:1].upper()}{message['why'][1:]}: recording offline.")
+                self._say(f"{message['why'][:1].upper()}{message['why'][1:]}: recording offline.")
             elif event == "waiting":
-                say(f"Weights & Biases takes the rest; that is waited for at most {self.options.timeout:.0f} s.")
+                self._say(f"Weights & Biases takes the rest; that is waited for at most {self.options.timeout:.0f} s.")
             elif event == "stop":
                 # As Ctrl-C: the training ends before a step and saves.
-                say("Weights & Biases asks the run to stop.")
+                self._say("Weights & Biases asks the run to stop.")
                 os.kill(os.getpid(), signal.SIGINT)
             elif event == "done" and not message["online"]:
-                say(f"Weights & Biases recorded offline. To upload it: wandb sync {message['where']}")
+                self._say(f"Weights & Biases recorded offline. To upload it: wandb sync {message['where']}")
             elif event == "done" and message["artifact"]:
-                say(f"The best checkpoint is wandb://{message['artifact']}")
+                self._say(f"The best checkpoint is wandb://{message['artifact']}")
             elif event == "failed":
                 self._fail(message["why"])
+
+    def _say(self, text: str) -> None:
+        say(self.prefix + text)
 
     def _fail(self, why: str) -> None:
         """Say it, once, and be done with Weights & Biases."""
         goes_on = "" if self.ending else " Training goes on without it."
-        say(f"Weights & Biases failed at step {self.step}: {why}.{goes_on}")
+        self._say(f"Weights & Biases failed at step {self.step}: {why}.{goes_on}")
         if self.recorder is not None:
             self.recorder.kill()
         self.recorder, self.failed = None, True

@@ -21,7 +21,7 @@ class Recorder:
 
     SLOW = 3.0
     """Seconds of waiting for its end before that is said."""
-    LATE = 15.0
+    LATE = 25.0
     """Seconds beyond the time limit, which it keeps itself, after which it is killed."""
 
     def __init__(self, wanted: Request) -> None:

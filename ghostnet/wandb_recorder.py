@@ -178,6 +178,7 @@ def record(request: Request, channel: Channel) -> None:
     result = last.get("result")
     artifact = finish(wandb, run, request, result)
     if online:
+        channel.tell("uploaded")
         confirm(wandb, run.path, count)
     write_state(folder, run, online, count, result is not None)
     where = run.path if online else str(run.settings.sync_dir)
@@ -245,7 +246,7 @@ def confirm(wandb: Any, path: str, rows: int) -> None:  # noqa: ANN401 (the modu
     for attempt in range(CONFIRMATIONS):
         time.sleep(attempt and INTERVAL)  # a busy server takes a moment
         try:
-            lines = int(wandb.Api(timeout=15).run(path).historyLineCount or 0)
+            lines = int(wandb.Api(timeout=10).run(path).historyLineCount or 0)
         except Exception as error:
             raise UnconfirmedError(f"it does not tell how many rows it has ({explain(error)})") from None
         if lines >= rows:

@@ -13,7 +13,7 @@ FLOORS = [
     {"device", "seeding"},
     {"distributed", "models", "optim", "ema"},
     {"data", "amp", "metrics", "checkpoint", "loggers", "signals", "elastic", "wandb_recorder"},
-    {"wandb_process"},
+    {"wandb_process", "wandb_artifact"},
     {"engine", "wandb_logger"},
     {"config"},
     {"overrides"},

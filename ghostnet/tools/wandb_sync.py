@@ -7,7 +7,6 @@ uploads. The exit code is 1 where a run failed; the others are sent all the same
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -21,13 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ghostnet import record
 from ghostnet.errors import ConfigError, UserError, explain
-from ghostnet.overrides import CONF
 from ghostnet.schema import faults, signature
 from ghostnet.wandb_logger import ID_FILE, Options, check, request
 from ghostnet.wandb_process import Recorder
 from ghostnet.wandb_recorder import state
 
+CONF = Path(__file__).parent.parent.parent / "conf"
 AT_ONCE = 4
 """Runs that are sent at a time: most of it is waiting for the server."""
 TIMEOUT = 600.0
@@ -112,7 +112,7 @@ class Sender:
     def _needless(self, folder: Path, rows: int, result: bool) -> str | None:
         """Why a run need not be sent; None where it must."""
         known = state(folder)
-        if is_running(folder):
+        if record.is_locked(folder):
             return "it is running: its own logger sends it"
         if not rows:
             return "it has no rows"
@@ -132,10 +132,10 @@ def count_rows(folder: Path) -> int:
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """The result of a run that was completed."""
+    """The result of a run that came to one."""
     with contextlib.suppress(OSError, ValueError):
         result = json.loads((folder / "result.json").read_text())
-        return dict(result) if result["status"] == "completed" else None
+        return dict(result) if result["status"] in ("completed", "pruned") else None
     return None
 
 
@@ -147,18 +147,6 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"config.yaml can't be read: {str(error).splitlines()[0]}") from None
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a process trains in the folder."""
-    try:
-        with (folder / ".lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def found(words: list[str]) -> Iterator[Path]:
