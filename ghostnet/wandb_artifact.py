@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,7 @@ def is_artifact(path: str | None) -> bool:
     """Whether a path names an artifact; ConfigError where it does so in a way that can't be one."""
     if path is None or not path.startswith(SCHEME):
         return False
-    parts = path.removeprefix(SCHEME).split("/")
-    if len(parts) != 3 or not all(parts) or parts[2].count(":") > 1 or parts[2].startswith(":"):
+    if not re.fullmatch(r"(\w[\w.-]*/){2}\w[\w.-]*(:\w[\w.-]*)?", path.removeprefix(SCHEME), re.ASCII):
         raise ConfigError(f"{path}: an artifact is given as {SCHEME}entity/project/artifact:alias.")
     return True
 
@@ -60,8 +60,8 @@ def _downloaded(artifact: Any, name: str) -> Path:  # noqa: ANN401 (wandb's arti
 
     entries = {str(entry): artifact.manifest.entries[entry] for entry in artifact.manifest.entries}
     chosen = _checkpoint(list(entries), name)
-    folder = cache_folder() / "wandb" / Path(name.rpartition(":")[0]) / artifact.version
-    file, size = folder / chosen, entries[chosen].size
+    folder: Path = cache_folder() / "wandb" / Path(name.rpartition(":")[0]) / artifact.version
+    file, size = folder / Path(chosen).name, entries[chosen].size
     if file.is_file() and file.stat().st_size == size:
         return file
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -149,6 +149,8 @@ def request(folder: Path, config: dict[str, Any], options: Options, *, online: b
     known = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
     agent = bool(os.environ.get("WANDB_SWEEP_ID")) and live
     sweep, differs, record = described(folder)
+    if agent and sweep:
+        raise ConfigError("logger=wandb: an agent of a W&B sweep runs one job at a time: leave out -m.")
     wanted = {
         "group": options.group or sweep,
         "name": options.name or differs,
