@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -243,14 +244,16 @@ def finish(wandb: Any, run: Any, request: Request, result: dict[str, Any] | None
 def confirm(wandb: Any, path: str, rows: int) -> None:  # noqa: ANN401 (the module)
     """Ask the server whether it has so many rows; UnconfirmedError where it hasn't: finish() is silent on that."""
     lines = 0
-    for attempt in range(CONFIRMATIONS):
-        time.sleep(attempt and INTERVAL)  # a busy server takes a moment
-        try:
-            lines = int(wandb.Api(timeout=10).run(path).historyLineCount or 0)
-        except Exception as error:
-            raise UnconfirmedError(f"it does not tell how many rows it has ({explain(error)})") from None
-        if lines >= rows:
-            return
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["WANDB_DIR"] = scratch  # where Api makes a folder for each run that is asked for
+        for attempt in range(CONFIRMATIONS):
+            time.sleep(attempt and INTERVAL)  # a busy server takes a moment
+            try:
+                lines = int(wandb.Api(timeout=10).run(path).historyLineCount or 0)
+            except Exception as error:
+                raise UnconfirmedError(f"it does not tell how many rows it has ({explain(error)})") from None
+            if lines >= rows:
+                return
     raise UnconfirmedError(f"it has {lines:,} of {rows:,} rows")
 
 
