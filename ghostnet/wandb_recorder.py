@@ -157,7 +157,7 @@ def record(request: Request, channel: Channel) -> None:
     log_file = folder / "train.log"
     printed = Lines(log_file, log_file.stat().st_size if request.live and log_file.exists() else 0)
     run, online = opened(wandb, request, channel)
-    there = run.step if online else 0
+    there = run.starting_step if online else 0
     if there and not request.live:
         printed = Lines(Path(os.devnull))
     write_state(folder, run, online, 0, result=False)

@@ -23,15 +23,8 @@ from tests.wandb_file import recorded, records
 from tests.wandb_server import Server
 
 KEY = "x" * 40
-LONG = ["epochs=40", "logger=wandb", "logger.wandb.timeout=3"]
+LONG = ["epochs=20", "eval_every=20", "logger=wandb", "logger.wandb.timeout=3"]
 """A run of long enough that W&B is there for most of it."""
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as served:
-        yield served
-        served.shutdown()
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -136,15 +129,15 @@ def test_wandb_disabled_leaves_nothing(run: Run, tmp_path: Path, tiny_data: Path
 
 
 def test_an_online_run_has_all_rows_its_name_and_no_trace_of_the_key(
-    run: Run, tmp_path: Path, tiny_data: Path, server: Server
+    run: Run, tmp_path: Path, tiny_data: Path, wandb_server: Server
 ) -> None:
     words = [*TINY, f"data.root={tiny_data}", "logger=wandb", "hydra.run.dir=here", "logger.wandb.name=first"]
-    done = run("train.py", *words, **server.environment)
+    done = run("train.py", *words, **wandb_server.environment)
     assert done.returncode == 0, done.stderr
-    (name,) = server.runs
+    (name,) = wandb_server.runs
     assert f"/me/ghostnet/runs/{name}" in done.stdout
-    assert server.rows(name) == rows(tmp_path / "here")
-    sent = server.runs[name]
+    assert wandb_server.rows(name) == rows(tmp_path / "here")
+    sent = wandb_server.runs[name]
     assert (sent["displayName"], sent["jobType"], sent["exit"]) == ("first", "train", 0)
     assert json.loads(sent["config"])["run"]["value"]["command"].startswith("python train.py data=fashion_mnist")
     assert sent["summary"]["best/top1"] == json.loads((tmp_path / "here" / "result.json").read_text())["top1"]
@@ -164,42 +157,42 @@ def test_an_online_run_has_all_rows_its_name_and_no_trace_of_the_key(
 
 
 def test_the_jobs_of_a_sweep_are_one_group_and_named_by_what_differs(
-    run: Run, tmp_path: Path, tiny_data: Path, server: Server
+    run: Run, tmp_path: Path, tiny_data: Path, wandb_server: Server
 ) -> None:
     words = [*TINY, f"data.root={tiny_data}", "epochs=1", "logger=wandb", "seed=1,2", "optim.lr=2,4", "sweep=first"]
-    done = run("train.py", "-m", *words, **server.environment)
+    done = run("train.py", "-m", *words, **wandb_server.environment)
     assert done.returncode == 0, done.stderr
-    names = {(sent["groupName"], sent["displayName"]) for sent in server.runs.values()}
+    names = {(sent["groupName"], sent["displayName"]) for sent in wandb_server.runs.values()}
     assert names == {("first", f"optim.lr={lr},seed={seed}") for lr in (2, 4) for seed in (1, 2)} or names == {
         ("first", f"seed={seed},optim.lr={lr}") for lr in (2, 4) for seed in (1, 2)
     }
 
 
 def test_a_run_that_was_killed_and_resumed_has_each_row_once(
-    run: Run, tmp_path: Path, tiny_data: Path, server: Server
+    run: Run, tmp_path: Path, tiny_data: Path, wandb_server: Server
 ) -> None:
-    words = [*TINY, f"data.root={tiny_data}", *LONG, "epochs=20", "hydra.run.dir=here"]
-    with training(tmp_path, *words, **server.environment) as process:
-        wait_for(lambda: any(len(sent["history"]) > 8 for sent in server.runs.values()))
+    words = [*TINY, f"data.root={tiny_data}", *LONG, "hydra.run.dir=here"]
+    with training(tmp_path, *words, **wandb_server.environment) as process:
+        wait_for(lambda: any(len(sent["history"]) > 8 for sent in wandb_server.runs.values()))
         own = recorder(process.pid)
         process.kill()
         process.wait()
         wait_for(lambda: not Path(f"/proc/{own}").exists())
-    done = run("train.py", *words, "resume=auto", **server.environment)
+    done = run("train.py", *words, "resume=auto", **wandb_server.environment)
     assert done.returncode == 0, done.stderr
-    (name,) = server.runs
-    assert [history_step(row) for row in server.rows(name)] == [history_step(row) for row in rows(tmp_path / "here")]
+    (name,) = wandb_server.runs
+    assert list(map(history_step, wandb_server.rows(name))) == list(map(history_step, rows(tmp_path / "here")))
 
 
 def test_rows_that_were_recorded_offline_are_sent_when_the_run_goes_on_online(
-    run: Run, tmp_path: Path, tiny_data: Path, server: Server
+    run: Run, tmp_path: Path, tiny_data: Path, wandb_server: Server
 ) -> None:
     words = [*TINY, f"data.root={tiny_data}", "logger=wandb", "hydra.run.dir=here"]
     assert run("train.py", *words, "epochs=1").returncode == 0
-    assert not server.runs
-    assert run("train.py", *words, "epochs=2", "resume=auto", **server.environment).returncode == 0
-    (name,) = server.runs
-    assert server.rows(name) == rows(tmp_path / "here")
+    assert not wandb_server.runs
+    assert run("train.py", *words, "epochs=2", "resume=auto", **wandb_server.environment).returncode == 0
+    (name,) = wandb_server.runs
+    assert wandb_server.rows(name) == rows(tmp_path / "here")
 
 
 def test_a_run_of_before_the_logger_moved_goes_on(run: Run, tmp_path: Path, tiny_data: Path) -> None:
@@ -242,19 +235,19 @@ def test_the_best_checkpoint_is_recorded_as_an_artifact_where_that_is_asked_for(
 
 @pytest.mark.parametrize("broken", [500, 403, "close", "hang"])
 def test_a_server_that_fails_in_mid_run_stops_no_training_and_loses_no_row(
-    tmp_path: Path, tiny_data: Path, server: Server, broken: Any
+    tmp_path: Path, tiny_data: Path, wandb_server: Server, broken: Any
 ) -> None:
     with training(
-        tmp_path, *TINY, f"data.root={tiny_data}", *LONG, "hydra.run.dir=here", **server.environment
+        tmp_path, *TINY, f"data.root={tiny_data}", *LONG, "hydra.run.dir=here", **wandb_server.environment
     ) as process:
-        wait_for(lambda: server.runs and (tmp_path / "here" / "metrics.jsonl").exists())
-        server.broken = broken
+        wait_for(lambda: wandb_server.runs and (tmp_path / "here" / "metrics.jsonl").exists())
+        wandb_server.broken = broken
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert output.count("Weights & Biases failed") == 1
     assert "python -m ghostnet.tools.wandb_sync here" in output
     assert "Traceback" not in output
-    assert [row["step"] for row in rows(tmp_path / "here") if "train/loss" in row] == list(range(2, 401, 2))
+    assert [row["step"] for row in rows(tmp_path / "here") if "train/loss" in row] == list(range(2, 201, 2))
     assert json.loads((tmp_path / "here" / "result.json").read_text())["status"] == "completed"
     assert KEY not in output
     for path in (tmp_path / "here").rglob("*"):
@@ -272,7 +265,7 @@ def test_a_killed_service_stops_no_training_and_loses_no_row(tmp_path: Path, tin
     assert "Training goes on without it." in output
     assert "python -m ghostnet.tools.wandb_sync here" in output
     assert "Traceback" not in output
-    assert [row["step"] for row in rows(tmp_path / "here") if "train/loss" in row] == list(range(2, 401, 2))
+    assert [row["step"] for row in rows(tmp_path / "here") if "train/loss" in row] == list(range(2, 201, 2))
 
 
 @pytest.mark.slow
@@ -289,7 +282,7 @@ def test_a_service_that_hangs_holds_up_no_training_and_its_end_for_so_long_only(
             os.kill(stopped, signal.SIGKILL)
     assert process.returncode == 0, output
     assert "it did not end in time" in output
-    assert len([row for row in rows(tmp_path / "here") if "train/loss" in row]) == 200
+    assert len([row for row in rows(tmp_path / "here") if "train/loss" in row]) == 100
 
 
 def test_a_training_that_is_killed_leaves_no_process(tmp_path: Path, tiny_data: Path) -> None:
@@ -300,7 +293,7 @@ def test_a_training_that_is_killed_leaves_no_process(tmp_path: Path, tiny_data: 
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), seconds=20)
 
 
-def test_an_agent_of_a_wandb_sweep_drives_a_training(tmp_path: Path, tiny_data: Path, server: Server) -> None:
+def test_an_agent_of_a_wandb_sweep_drives_a_training(tmp_path: Path, tiny_data: Path, wandb_server: Server) -> None:
     # The agent of wandb itself, told what its server would tell it.
     code = (
         "import json, sys, yaml\nfrom wandb import wandb_agent\n"
@@ -319,13 +312,13 @@ def test_an_agent_of_a_wandb_sweep_drives_a_training(tmp_path: Path, tiny_data: 
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(args)],
         cwd=REPOSITORY,
-        env=environment() | own | server.environment,
+        env=environment() | own | wandb_server.environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    sent = server.runs["byagent1"]
+    sent = wandb_server.runs["byagent1"]
     assert (sent["sweep"], sent["project"], sent["groupName"], sent["displayName"]) == (
         "sweep1",
         "elsewhere",

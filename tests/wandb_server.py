@@ -93,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             model["bucket"] = {"id": name, "name": name, "displayName": run["displayName"], "config": run["config"]}
             model["bucket"] |= {"summaryMetrics": "{}", "historyLineCount": len(run["history"]), "historyTail": tail}
             model["bucket"] |= {"logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "tags": [], "notes": None}
+            model["bucket"]["wandbConfig"] = json.dumps({"t": 1})
         return {"model": model}
 
     def UpsertBucket(self, name: str, **variables: Any) -> dict[str, Any]:  # noqa: N802

@@ -83,15 +83,16 @@ class Sender:
         self.recorders.append(recorder)
         recorder.end(result)
         self.progress.update(task, total=rows)
+        outcome = Outcome(folder, "its process said nothing.", failed=True)
         for message in recorder.rest(options.timeout):
             if message["event"] == "rows":
                 self.progress.update(task, completed=message["count"])
             elif message["event"] == "failed":
-                return Outcome(folder, f"{message['why']}.", failed=True, unreachable=message.get("offline", False))
+                outcome = Outcome(folder, f"{message['why']}.", True, message.get("offline", False))
             elif message["event"] == "done":
                 word = "sent to" if message["online"] else "recorded offline; to upload it: wandb sync"
-                return Outcome(folder, f"{message['sent']:,} of {message['rows']:,} rows {word} {message['where']}")
-        raise AssertionError
+                outcome = Outcome(folder, f"{message['sent']:,} of {message['rows']:,} rows {word} {message['where']}")
+        return outcome
 
     def options(self, folder: Path, config: dict[str, Any]) -> Options:
         """What the command gives, else where the run is at the server, else the run's own config, else conf/'s."""
