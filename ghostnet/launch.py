@@ -85,7 +85,9 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     if ranks is not None and not ranks.is_main:
         sys.exit(_serve(ranks, run))
     entered.append(True)
-    words = sys.argv[1:]
+    # Hydra's own parser wants flags before the words, or after all of them.
+    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = words
     workers.tell_workers(Path(sys.argv[0]).name, words)
     args = get_args_parser().parse_args()
     asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
@@ -117,7 +119,8 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     finally:
         if folder is not None and checked.multirun:
             print_table(folder)
-            code = code or any(record.status(job) == "failed" for job in folder.iterdir())
+            jobs = [folder / name for name in checked.names if name] or list(folder.iterdir())
+            code = code or any(record.status(job) == "failed" for job in jobs)
     if ranks is not None and not failed:
         ranks.share(None)
         ranks.leave()

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +128,27 @@ class _Sweep(Sweeper):
         if self.launcher.__class__.__name__ != "BasicLauncher":
             print(f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'} in {self.folder}", flush=True)
         with workers.passed_on() if workers.is_joblib(self.config.hydra) else contextlib.nullcontext():
-            for job in self.launcher.launch(words, initial_job_idx=0):
-                _ = job.return_value  # raises what no job catches
+            try:
+                returned = self.launcher.launch(words, initial_job_idx=0)
+            except (OSError, RuntimeError) as error:  # no cluster, no Slurm
+                choice = self.config.hydra.runtime.choices["hydra/launcher"]
+                raise ConfigError(f"hydra/launcher={choice}: {' '.join(str(error).split())}") from None
+        for job in returned:
+            _ = job.return_value  # raises what no job catches
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Called by Hydra, which would print a traceback of whatever is raised."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        try:
+            self.run(self.parsed(arguments))
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
+
+    def run(self, parsed: list[Override]) -> None:
+        """Run what is not done."""
+        raise NotImplementedError
 
 
 def words_of(params: DictConfig | dict[str, Any] | None) -> list[str]:
@@ -143,11 +163,9 @@ class Grid(_Sweep):
         """max_batch_size: jobs that are handed to the launcher at a time; null: all."""
         self.max_batch_size, self.params = max_batch_size, dict(params or {})
 
-    def sweep(self, arguments: list[str]) -> None:
+    def run(self, parsed: list[Override]) -> None:
         """Run what is not done of all jobs."""
-        jobs = grid(self.parsed(arguments))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        jobs = grid(parsed)
         todo = [job for job in jobs if not is_done(self.folder / job.name)]
         if len(todo) < len(jobs):
             print(f"{len(jobs) - len(todo)} of {len(jobs)} jobs are done already.", flush=True)
@@ -165,13 +183,7 @@ def jobs_at_the_door(parsed: Sequence[Override], hydra: DictConfig | None) -> li
     """The jobs of a sweep as far as they are known before it; of a search, those at the corners of its space."""
     if hydra is None or hydra.sweeper._target_ != OPTUNA:
         return grid(parsed)
-    corners: list[list[str]] = []
-    fixed = {
-        o.get_key_element(): f"{o.get_key_element()}={o.get_value_element_as_str()}"
-        for o in parsed
-        if not o.is_sweep_override()
-    }
-    spaces = {o.get_key_element(): o for o in parsed if o.is_sweep_override() and o.get_key_element() not in fixed}
+    fixed, spaces = space_of(parsed)
     if not spaces:
         raise ConfigError(
             "hydra/sweeper=optuna: nothing to search. Give a space, such as "
@@ -179,10 +191,17 @@ def jobs_at_the_door(parsed: Sequence[Override], hydra: DictConfig | None) -> li
         )
     ends = {key: list(_ends(override)) for key, override in spaces.items()}
     first = {key: f"{key}={values[0]}" for key, values in ends.items()}
-    for key, values in ends.items():
-        corners += [[*fixed.values(), *(first | {key: f"{key}={value}"}).values()] for value in values]
-    unique = list(dict.fromkeys(map(tuple, corners)))
-    return [SweepJob("", list(words)) for words in unique]
+    same = [f"{key}={value}" for key, value in fixed.items()]
+    others = [first | {key: f"{key}={value}"} for key, values in ends.items() for value in values]
+    corners = dict.fromkeys((*same, *corner.values()) for corner in others)
+    return [SweepJob("", list(words)) for words in corners]
+
+
+def space_of(parsed: Sequence[Override]) -> tuple[dict[str, str], dict[str, Override]]:
+    """The keys of a search with one value, and those that are searched; the last counts of a key given twice."""
+    last = {override.get_key_element(): override for override in parsed}
+    fixed = {key: o.get_value_element_as_str() for key, o in last.items() if not o.is_sweep_override()}
+    return fixed, {key: override for key, override in last.items() if key not in fixed}
 
 
 def _ends(override: Override) -> Iterator[Any]:
@@ -209,10 +228,8 @@ class Search(_Sweep):
         self.n_trials, self.n_jobs, self.startup_trials = n_trials, n_jobs, startup_trials
         self.prune, self.seed, self.storage, self.params = prune, seed, storage, dict(params or {})
 
-    def sweep(self, arguments: list[str]) -> None:
+    def run(self, parsed: list[Override]) -> None:
         """Go on with the study until it has its trials."""
         from ghostnet.search import search
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, self.folder / "multirun.yaml")
-        search(self, self.parsed(arguments))
+        search(self, parsed)

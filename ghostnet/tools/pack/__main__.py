@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError, UserError, explain
-from ghostnet.overrides import CONF, check_command, quoted
+from ghostnet.overrides import check_command, quoted
+from ghostnet.sweeps import CONF
 
 if TYPE_CHECKING:
     from ghostnet.tools.pack.writer import Part
