@@ -49,12 +49,14 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.device import check_sync_bn, cpu_count, describe, memory_format, peak_memory
     from ghostnet.distributed import settle, synchronized
     from ghostnet.ema import Ema
-    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo, Wandb
+    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
     from ghostnet.signals import Interrupted, StopSignal
+    from ghostnet.wandb_artifact import located
+    from ghostnet.wandb_logger import ID_FILE
 
     cfg, folder, console = job.cfg, job.folder, ConsoleLogger(not ranks.is_main, job.prefix)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
@@ -88,7 +90,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     seed_init(seed)
     model = build_model(cfg["model"], num_classes)
     if cfg["model"]["weights"]:
-        for message in load_weights(model, cfg["model"]["weights"]):
+        weights = ranks.from_main(lambda: located(cfg["model"]["weights"]))
+        for message in load_weights(model, weights):
             console.say(message)
     if cfg["model"]["freeze"]:
         if not isinstance(model, GhostNet):
@@ -146,7 +149,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         state.load_state_dict(saved)
         earlier = saved["seconds"]
         del saved  # a second copy of all weights and moments
-        for name in (checkpoint.BEST, Wandb.ID_FILE) if ranks.is_main else ():
+        for name in (checkpoint.BEST, ID_FILE) if ranks.is_main else ():
             if (path.parent / name).exists() and not (folder / name).exists():
                 shutil.copy2(path.parent / name, folder / name)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
@@ -187,7 +190,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
     try:
         for logger in loggers:
-            logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs))
+            logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs, job.prefix))
         with StopSignal(ranks) as stop:
             try:
                 while True:

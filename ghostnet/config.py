@@ -200,9 +200,9 @@ def same_batch(global_batch_size: int, ranks: int, accumulate: int) -> str:
 
 
 def changes(saved: Config, config: Config) -> list[str]:
-    """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'."""
+    """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'; loggers change no run."""
     then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
-    keys = [key for key in now if then.get(key) != now[key] and key != "resume"]
+    keys = [key for key in now if then.get(key) != now[key] and key.partition(".")[0] not in ("resume", "logger")]
     return [f"{key} was {then.get(key)}, is {now[key]}" for key in keys]
 
 
