@@ -105,7 +105,7 @@ class Sender:
         node |= self.given | {"mode": self.mode}
         node.pop("_target_")
         if found := faults(node, signature("ghostnet.wandb_logger.Wandb"), ""):
-            raise ConfigError("; ".join(found))
+            raise ConfigError("; ".join(fault.text for fault in found))
         options = Options(**node)
         check(options, self.mode)
         return options
@@ -170,7 +170,7 @@ def given_options(words: list[str]) -> dict[str, Any]:
     given = {str(key): value for key, value in node.items()}
     parameters = signature("ghostnet.wandb_logger.Wandb")
     if wrong := faults(given, {key: parameters[key] for key in given}, ""):
-        raise ConfigError("\n       ".join(wrong))
+        raise ConfigError("\n       ".join(fault.text for fault in wrong))
     if given.get("mode") == "disabled":
         raise ConfigError("mode=disabled: nothing would be sent. Give mode=online or mode=offline.")
     return given
