@@ -528,7 +528,7 @@ def test_a_faulty_command_is_told_and_leaves_nothing_behind(words, message, tmp_
 def test_help_explains_every_key(tmp_path):
     done = run_pack("a", "b", "--help")
     assert done.returncode == 0
-    for key in ("data.root=SRC", "out:", "size:", "quality:", "shard_mb:", "on_error:", "workers:"):
+    for key in ("data.root=SRC", "out=", "size=256", "quality=90", "shard_mb=256", "on_error=raise", "workers=null"):
         assert key in done.stdout
 
 
