@@ -7,9 +7,10 @@
   python train.py … hydra.run.dir=runs/a resume=auto       go on where runs/a was stopped, or start it
   python train.py optim=adamw data=shards --help           this page, with the values of those options
   python train.py … --cfg job                              the whole config of a command, nothing run
-  eval "$(python train.py --shell-completion install=bash)"    completion of groups, options, keys; also fish, zsh
+  eval "$(python train.py --shell-completion install=bash)"    completion of groups, options, keys
 
---hydra-help tells of Hydra's own flags and settings.
+Completion in fish: python train.py --shell-completion install=fish | source; in zsh as above, after
+autoload -Uz bashcompinit && bashcompinit. --hydra-help tells of Hydra's own flags and settings.
 """
 
 import contextlib

@@ -183,13 +183,6 @@ def test_without_data_the_error_names_both_ways_out_and_leaves_no_folder(run: Ru
     assert not list(tmp_path.iterdir())
 
 
-def test_help_lists_the_groups(run: Run) -> None:
-    done = run("train.py", "--help")
-    assert done.returncode == 0
-    for group in groups.groups():
-        assert f"{group}: " in done.stdout
-
-
 def test_readme_tree_has_every_file() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     for path in [*(REPOSITORY / "ghostnet").rglob("*.py"), *(REPOSITORY / "tests").glob("*.py")]:

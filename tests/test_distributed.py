@@ -362,7 +362,14 @@ def test_broken_pictures_are_skipped_told_and_counted_by_all_ranks_together(run,
     broken = [root / "train/class0/000.jpg", root / "train/class2/004.jpg", root / "val/class1/001.JPEG"]
     for path in broken:
         path.write_bytes(path.read_bytes()[:100])
-    words = ["data=imagefolder", f"data.root={root}", "data.on_error=skip", "data.image_size=32", "model.width=0.1"]
+    words = [
+        "data=imagefolder",
+        f"data.root={root}",
+        "data.on_error=skip",
+        "data.image_size=32",
+        "model.width=0.1",
+        "schedule.warmup_epochs=1",
+    ]
     done = run("train.py", *words, "device=cpu_2p", "data.batch_size=8", "epochs=3", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     for path in broken:

@@ -265,7 +265,15 @@ def test_a_finished_run_can_be_made_longer(run: Run, tmp_path: Path, tiny_data: 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "hydra.run.dir=here", "schedule.warmup_epochs=0", "clip_grad_norm=null"]
-    done = run("train.py", *words, "schedule=step", "schedule.warmup_epochs=0.5", "optim.lr=1e12", "save_every=1")
+    done = run(
+        "train.py",
+        *words,
+        "schedule=step",
+        "schedule.decay_rate=1",
+        "schedule.warmup_epochs=0.5",
+        "optim.lr=1e12",
+        "save_every=1",
+    )
     assert done.returncode == 1
     assert re.search(r"not finite at step \d+, learning rate \d", done.stderr), done.stderr
     assert "last.pt" in done.stderr
@@ -428,8 +436,8 @@ def test_a_missing_card_is_an_error(run: Run, tiny_data: Path, kind: str) -> Non
 @pytest.mark.parametrize("name", ["full_1p", "performance_1p", "full_8p", "performance_8p"])
 def test_the_published_experiments_run_on_a_cpu(run: Run, tmp_path: Path, image_folder: Path, name: str) -> None:
     words = [f"experiment={name}", f"data.root={image_folder}", "device=cpu", "model.width=0.1", "data.image_size=32"]
-    words += ["data.batch_size=16", "epochs=1", "schedule.cooldown_epochs=0", "hydra.run.dir=here"]
-    done = run("train.py", *words)
+    words += ["data.batch_size=16", "epochs=1", "schedule.cooldown_epochs=0", "schedule.warmup_epochs=1"]
+    done = run("train.py", *words, "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "here")["amp"] == "o2"
 
@@ -437,7 +445,7 @@ def test_the_published_experiments_run_on_a_cpu(run: Run, tmp_path: Path, image_
 @pytest.mark.parametrize("name", ["quickstart", "fashion_mnist"])
 def test_the_small_experiments_run_shortened(run: Run, tmp_path: Path, tiny_data: Path, name: str) -> None:
     words = [f"experiment={name}", f"data.root={tiny_data}", "model.width=0.1", "epochs=1", "data.batch_size=32"]
-    done = run("train.py", *words, "device=cpu", "hydra.run.dir=here")
+    done = run("train.py", *words, "schedule.warmup_epochs=1", "device=cpu", "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "here")["steps"] == 10
 

@@ -10,7 +10,7 @@ from ghostnet.tools.benchmark import data
 from ghostnet.tools.benchmark.subject import Finished, Metrics, Subject, child, program
 from ghostnet.tools.benchmark.timm_programs import NAMES
 
-PART = ("epochs=1", "schedule.cooldown_epochs=0")
+PART = ("epochs=1", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0")
 """One epoch, whatever the command's words say."""
 
 

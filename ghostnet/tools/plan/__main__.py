@@ -27,7 +27,9 @@ from ghostnet import launch
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError, explain
 from ghostnet.folders import Place, settle
-from ghostnet.overrides import Checked, check_command
+from ghostnet.overrides import Checked, refuse
+from ghostnet.overrides import examine as examine_command
+from ghostnet.presence import Presence
 from ghostnet.rerun import expanded
 from ghostnet.sweeps import is_done
 from ghostnet.tools.plan import door
@@ -44,9 +46,8 @@ def plan(typed: list[str]) -> None:
     """Check, find out, print; UserError with one message."""
     own, typed_words, flag = door.split(typed)
     words = expanded(typed_words, flag)
-    checked = check_command("train", words, flag)
-    for cfg in checked.jobs:
-        launch.check_paths(cfg, trains=True)
+    checked = examine_command("train", words, flag, Presence(trains=True))
+    refuse(checked.faults)
     place = settle(checked, words)
 
     # From here on torch is needed.
