@@ -295,6 +295,7 @@ def test_bf16_on_a_first_ascend_card_is_told_by_its_pci_number(tmp_path: Path, m
 
 def test_every_key_of_the_config_says_what_it_is() -> None:
     files = [path for path in groups.CONF.rglob("*.yaml") if path.parent.name not in ("experiment", "local")]
+    files.remove(groups.CONF / "wandb_sweep.yaml")  # of W&B's server, not of a command
     silent = [
         f"{path.relative_to(groups.CONF)}, line {line.number}: {key}"
         for path in files

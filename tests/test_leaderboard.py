@@ -108,7 +108,7 @@ def test_every_state_of_a_run_is_told(tmp_path: Path) -> None:
         status = name if name in ("failed", "pruned") else "completed"
         make_run(
             tmp_path / name,
-            [f"epochs={number}"],
+            [f"epochs={number}", "schedule.warmup_epochs=0"],
             status=status,
             error="out of memory" if status == "failed" else None,
         )
@@ -135,7 +135,7 @@ def test_every_state_of_a_run_is_told(tmp_path: Path) -> None:
 
 def test_what_is_no_finite_number_counts_as_none(tmp_path: Path) -> None:
     for number, text in enumerate(("NaN", "Infinity", "null", "1" + "0" * 400), 1):
-        make_run(tmp_path / str(number), [f"epochs={number}"])
+        make_run(tmp_path / str(number), [f"epochs={number}", "schedule.warmup_epochs=0"])
         (tmp_path / str(number) / "result.json").write_text(f'{{"status": "completed", "top1": {text}, "fps": 5}}')
     done = leaderboard(tmp_path, "format=json", f"html={tmp_path / 'board.html'}")
     assert done.returncode == 0, done.stderr
@@ -308,7 +308,7 @@ def test_a_sweep_over_seeds_ends_with_its_table(run: Run, tiny_data: Path, tmp_p
     first, second = done.stdout.split("over seeds, with 95 % confidence")
     jobs = [line.split("│") for line in first.split("best first")[1].splitlines() if line.startswith("│")]
     assert [cells[-2].strip() for cells in jobs] == ["completed", "completed", "failed", "failed"]
-    results_ = [json.loads((tmp_path / f"sweep/{job}/result.json").read_text()) for job in (0, 1)]
+    results_ = [json.loads((tmp_path / f"sweep/optim.lr=2,seed={seed}/result.json").read_text()) for seed in (1, 2)]
     best = sorted((result["top1"] for result in results_), reverse=True)
     assert [float(cells[4]) for cells in jobs[:2]] == [pytest.approx(top1, abs=5e-4) for top1 in best]
     seeds = [line.split("│") for line in second.splitlines() if line.startswith("│")]
