@@ -62,8 +62,7 @@ class Wandb:
         timeout: Positive,
     ) -> None:
         self.options = Options(project, mode, entity, group, name, job_type, tags, notes, artifact, timeout)
-        # WANDB_MODE is how clusters say that there is no network.
-        self.mode = os.environ.get("WANDB_MODE", mode) if mode == "online" else mode
+        self.mode = in_force(mode)
         self.recorder: Recorder | None = None
         self.failed = self.ending = False
         check(self.options, self.mode)
@@ -129,6 +128,12 @@ class Wandb:
         if self.recorder is not None:
             self.recorder.kill()
         self.recorder, self.failed = None, True
+
+
+def in_force(mode: str) -> str:
+    """The mode, or what WANDB_MODE says instead of online: that is how clusters tell that there is no network."""
+    said = os.environ.get("WANDB_MODE", "online") if mode == "online" else mode
+    return {"dryrun": "offline", "run": "online", "shared": "online"}.get(said, said)
 
 
 def check(options: Options, mode: str) -> None:

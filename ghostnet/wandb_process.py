@@ -27,12 +27,14 @@ class Recorder:
     def __init__(self, wanted: Request) -> None:
         """OSError where no process can be started."""
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        # A service of its own, whatever wandb does in this process.
+        own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "ghostnet.wandb_recorder"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path, "WANDB_SILENT": "true"},
+            env=own | {"PYTHONPATH": path, "WANDB_SILENT": "true"},
             start_new_session=True,  # Ctrl-C is for the training, which then ends this one
         )
         assert self.process.stdin is not None

@@ -166,6 +166,12 @@ def test_a_server_that_refuses_is_one_line_a_run(sync: Sync, tmp_path: Path, wan
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"x" * 40 in path.read_bytes()]
 
 
+def test_wandb_mode_says_where_there_is_no_network(sync: Sync, tmp_path: Path) -> None:
+    make_run(tmp_path / "wandb" / "run")
+    assert "1 of 1 runs are recorded." in sync("wandb", WANDB_MODE="dryrun").stdout
+    assert len(list(tmp_path.glob("wandb/run/wandb/offline-run-*"))) == 1
+
+
 def test_without_a_login_it_says_so(sync: Sync, tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     done = sync("run", WANDB_MODE="online", WANDB_API_KEY="")

@@ -8,7 +8,6 @@ uploads. The exit code is 1 where a run failed; the others are sent all the same
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,7 +22,7 @@ from yaml import YAMLError
 from ghostnet import record
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.schema import faults, signature
-from ghostnet.wandb_logger import ID_FILE, Options, check, request
+from ghostnet.wandb_logger import ID_FILE, Options, check, in_force, request
 from ghostnet.wandb_process import Recorder
 from ghostnet.wandb_recorder import state
 
@@ -50,7 +49,7 @@ class Sender:
 
     def __init__(self, given: dict[str, Any], progress: Any) -> None:  # noqa: ANN401 (rich's)
         self.given, self.progress = given, progress
-        self.mode = given.get("mode") or os.environ.get("WANDB_MODE", "online")
+        self.mode = given.get("mode") or in_force("online")
         self.recorders: list[Recorder] = []
         self.unreachable: str | None = None
 
@@ -157,7 +156,7 @@ def found(words: list[str]) -> Iterator[Path]:
         if not root.is_dir():
             keys = " ".join(f"{key}=…" for key in signature("ghostnet.wandb_logger.Wandb"))
             raise ConfigError(f"{word}: no folder, and none of {keys}")
-        runs = sorted(path.parent for path in root.rglob("metrics.jsonl") if "wandb" not in path.parent.parts[-3:])
+        runs = sorted(path.parent for path in root.rglob("metrics.jsonl"))
         if not runs:
             raise ConfigError(f"{word}: no run below it: none of its folders has a metrics.jsonl.")
         yield from runs
