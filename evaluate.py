@@ -2,6 +2,7 @@
 
   python evaluate.py ckpt=FILE|RUN_FOLDER [data.root=…]    model, data, precision of the checkpoint, if it is ours
   python evaluate.py ckpt=outputs/…/best.pt device=npu_8p  over all ranks, the same numbers
+  python evaluate.py ckpt=wandb://entity/project/artifact:best    a checkpoint that lies at Weights & Biases
   python evaluate.py ckpt=ghostnet.pth data.root=/data/imagenet   anybody's GhostNet; model=ghostnet_130 for 1.3x
   python evaluate.py … --cfg job                           the whole config of a command, nothing run
 
@@ -19,6 +20,7 @@ from ghostnet import launch
 from ghostnet.config import Config, build, build_model, check, resolved, unresolved
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.overrides import given_keys
+from ghostnet.wandb_artifact import located
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -129,6 +131,7 @@ def main(cfg: DictConfig) -> float:
     from ghostnet.loggers import jsonable
 
     try:
+        cfg.ckpt = located(cfg.ckpt)
         job = unresolved(cfg), list(HydraConfig.get().overrides.task)
         result = launch.on_ranks(run, job, resolved(cfg)["device"])
     except Exception as error:

@@ -14,6 +14,7 @@ autoload -Uz bashcompinit && bashcompinit. --hydra-help tells of Hydra's own fla
 """
 
 import contextlib
+import functools
 import shutil
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from ghostnet import folders, launch
+from ghostnet import folders, launch, record
 from ghostnet.config import build, build_model, changes, check_same_run, same_batch
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
 
@@ -49,14 +50,16 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.device import check_sync_bn, cpu_count, describe, memory_format, peak_memory
     from ghostnet.distributed import settle, synchronized
     from ghostnet.ema import Ema
-    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo, Wandb
+    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
     from ghostnet.signals import Interrupted, StopSignal
+    from ghostnet.wandb_artifact import located
+    from ghostnet.wandb_logger import ID_FILE
 
-    cfg, folder, console = job.cfg, job.folder, ConsoleLogger(quiet=not ranks.is_main)
+    cfg, folder, console = job.cfg, job.folder, ConsoleLogger(not ranks.is_main, job.prefix)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
 
     # Device
@@ -88,7 +91,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     seed_init(seed)
     model = build_model(cfg["model"], num_classes)
     if cfg["model"]["weights"]:
-        for message in load_weights(model, cfg["model"]["weights"]):
+        weights = ranks.from_main(lambda: located(cfg["model"]["weights"]))
+        for message in load_weights(model, weights):
             console.say(message)
     if cfg["model"]["freeze"]:
         if not isinstance(model, GhostNet):
@@ -146,7 +150,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         state.load_state_dict(saved)
         earlier = saved["seconds"]
         del saved  # a second copy of all weights and moments
-        for name in (checkpoint.BEST, Wandb.ID_FILE) if ranks.is_main else ():
+        for name in (checkpoint.BEST, ID_FILE) if ranks.is_main else ():
             if (path.parent / name).exists() and not (folder / name).exists():
                 shutil.copy2(path.parent / name, folder / name)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
@@ -182,12 +186,12 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         ranks.barrier()
 
     # The loop
-    result = None
+    result, pruned = None, False
     if ranks.is_main:
         (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
     try:
         for logger in loggers:
-            logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs))
+            logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs, job.prefix))
         with StopSignal(ranks) as stop:
             try:
                 while True:
@@ -200,9 +204,10 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
                             console.say(f"note    {cache}")
                         if state.best is state.last:
                             save(checkpoint.BEST)
+                        pruned = ranks.from_main(functools.partial(_is_hopeless, folder, state.last))
                     if within == 0 and state.step:
                         save(checkpoint.LAST)
-                    if state.step >= total_steps:
+                    if state.step >= total_steps or pruned:
                         break
                     for step in engine.train(state, train_loader, recipe, stop):
                         console.advance(step)
@@ -222,7 +227,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         # Result
         source, speed = "ema" if ema else "eval", state.speed.total
         result = {
-            "status": "completed",
+            "status": "pruned" if pruned else "completed",
             "top1": state.best[f"{source}/top1"],
             "top5": state.best[f"{source}/top5"],
             "loss": state.best[f"{source}/loss"],
@@ -258,7 +263,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         if cfg["baseline"]:
             result |= _efficiency(result, cfg["baseline"])
         if ranks.is_main:
-            folders.write_json(folder / "result.json", result)
+            record.write_json(folder / "result.json", result)
         return result
     finally:
         with contextlib.ExitStack() as stack:  # each is ended, even where another fails
@@ -277,6 +282,15 @@ def _saved(resume: str | None, folder: Path) -> tuple[Path, dict[str, Any] | Non
         return path, None
     path = path if resume == "auto" else checkpoint.find(resume, checkpoint.LAST)
     return path, checkpoint.load(path)
+
+
+def _is_hopeless(folder: Path, row: "Row") -> bool:
+    """Whether a trial of a search need not go on; no other run is told so."""
+    if not (folder / "trial.json").exists():
+        return False
+    from ghostnet.search import hopeless
+
+    return hopeless(folder, row["epoch"], row["ema/top1" if "ema/top1" in row else "eval/top1"])
 
 
 def _efficiency(result: dict[str, Any], baseline: str) -> dict[str, Any]:

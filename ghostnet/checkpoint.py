@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -22,7 +22,7 @@ def save(state: dict[str, Any], path: Path) -> None:
     """
     # By way of memory: torch's zip writer turns a failed write into an error of its own.
     content = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, content)
+    _write(state, content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for left_by_killed in path.parent.glob(f".{path.name}.*.tmp"):
@@ -46,6 +46,28 @@ def save(state: dict[str, Any], path: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def size(state: dict[str, Any]) -> int:
+    """How many bytes save() would write, nothing written."""
+    counter = _Counter()
+    _write(state, counter)
+    return counter.count
+
+
+class _Counter(io.BytesIO):
+    """A file that counts what is written to it, and keeps nothing."""
+
+    count = 0
+
+    def write(self, content: Any) -> int:  # noqa: ANN401 (anything with a buffer)
+        """Count it."""
+        self.count += memoryview(content).nbytes
+        return memoryview(content).nbytes
+
+
+def _write(state: dict[str, Any], file: IO[bytes]) -> None:
+    torch.save({"format": FORMAT, **state}, file)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -50,7 +50,9 @@ class TrainConfig:
     dist_bn: Literal["reduce", "broadcast"]
     baseline: str | None
     compile: bool = False
-    """Runs of version 0.2 had it not."""
+    sweep: str | None = None
+    rerun: str | None = None
+    """Runs of version 0.2 had none of the three."""
 
 
 @dataclass
@@ -198,10 +200,26 @@ def same_batch(global_batch_size: int, ranks: int, accumulate: int) -> str:
 
 
 def changes(saved: Config, config: Config) -> list[str]:
-    """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'."""
+    """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'; loggers change no run."""
     then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
-    keys = [key for key in now if then.get(key) != now[key] and key != "resume"]
+    keys = [key for key in now if then.get(key) != now[key] and key.partition(".")[0] not in ("resume", "logger")]
     return [f"{key} was {then.get(key)}, is {now[key]}" for key in keys]
+
+
+HARMLESS = (
+    *("resume", "sweep", "rerun", "baseline", "log_every", "save_every", "logger.", "data.root", "data.dataset.root"),
+    *("data.workers", "data.cache_val", "data.eval_batch_size", "device.kind", "device.ids"),
+)
+"""What a run may be repeated with and stay the same experiment; a prefix ends with a dot."""
+
+
+def same_experiment(saved: Config, config: Config) -> list[str]:
+    """In what two runs are not the same experiment, a line each."""
+    return [
+        change
+        for change in changes(saved, config)
+        if not change.startswith(tuple(f"{key} " if key[-1] != "." else key for key in HARMLESS))
+    ]
 
 
 def flat(node: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.config import Config, check_same_run, unresolved
-from ghostnet.errors import ConfigError, UserError
+from ghostnet.config import Config, check_same_run, same_experiment, unresolved
+from ghostnet.errors import ConfigError
 from ghostnet.overrides import Checked
 
 made: list[Path] = []
@@ -30,11 +31,14 @@ class Place:
     """By the command, or by the run that it goes on with; else a new one is made."""
 
 
-def settle(checked: Checked, words: Sequence[str], multirun: bool) -> Place:
+def settle(checked: Checked, words: Sequence[str]) -> Place:
     """The place of a command: the given one, else that of the run to go on with, else a new one. Nothing is made.
 
     ConfigError where a new run would overwrite another, or the run that is there can't go on with these settings.
     """
+    multirun = checked.multirun
+    if name := checked.jobs[0]["sweep"]:
+        return _sweep(checked, words, name)
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     folder = Path(checked.hydra.sweep.dir if multirun else checked.hydra.run.dir)
     given = any(word.lstrip("+").startswith(f"{key}=") for word in words)
@@ -61,12 +65,35 @@ def settle(checked: Checked, words: Sequence[str], multirun: bool) -> Place:
                 "give the run another hydra.run.dir."
             )
         given = True
-    if not multirun:
-        check_resume(folder, checked.jobs[0])
-    for job in checked.jobs:
-        if job["baseline"]:
-            baseline(job["baseline"])
+    for name, job in zip(checked.names, checked.jobs, strict=True):
+        if name or not multirun:
+            check_resume(folder / name, job)
     return Place(key, folder, given)
+
+
+def _sweep(checked: Checked, words: Sequence[str], name: str) -> Place:
+    """The folder of a sweep with a name, which is there already where the command is repeated."""
+    if not checked.multirun:
+        raise ConfigError(
+            f"sweep={name}: one job is no sweep. Give -m and several values, or an experiment that sweeps."
+        )
+    if len({job["sweep"] for job in checked.jobs}) > 1:
+        raise ConfigError("sweep: one name for all jobs.")
+    if not re.fullmatch(r"[\w][\w.-]*", name, re.ASCII):
+        raise ConfigError(f"sweep={name}: a name is made of letters, digits and . _ -")
+    if given := [word for word in words if word.lstrip("+").startswith(("hydra.sweep.dir=", "resume="))]:
+        raise ConfigError(f"{given[0]}: with sweep={name} the folder is multirun/{name}, and it goes on by itself.")
+    folder = Path("multirun") / name
+    wrong = []
+    for job_name, job in zip(checked.names, checked.jobs, strict=True):
+        if job_name and (saved := saved_config(folder / job_name)):
+            wrong += [f"{job_name}: {line}" for line in same_experiment(saved, job)]
+    if wrong:
+        raise ConfigError(
+            f"sweep={name}: {folder} holds these jobs with other settings: {'; '.join(wrong[:4])}"
+            f"{'; …' if len(wrong) > 4 else ''}. Give the settings again, or another name."
+        )
+    return Place("hydra.sweep.dir", folder, given=True)
 
 
 def claim(place: Place) -> Path:
@@ -109,8 +136,14 @@ def leave_no_empty_run(folder: Path) -> None:
 
 def check_resume(folder: Path, cfg: Config) -> None:
     """ConfigError where the folder's run can't go on with these settings, before a file of it is touched."""
-    if cfg["resume"] is not None and (folder / "config.yaml").exists():
-        check_same_run(unresolved(DictConfig(OmegaConf.load(folder / "config.yaml"))), cfg)
+    if cfg["resume"] is not None and (saved := saved_config(folder)):
+        check_same_run(saved, cfg)
+
+
+def saved_config(folder: Path) -> Config:
+    """The config.yaml of a run folder; empty where there is none."""
+    file = folder / "config.yaml"
+    return unresolved(DictConfig(OmegaConf.load(file))) if file.exists() else {}
 
 
 def baseline(path: str) -> dict[str, Any]:
@@ -124,15 +157,3 @@ def baseline(path: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise ConfigError(f"baseline={path}: {file} is no result.json of a finished run; give a run's folder.")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; UserError where it can't be."""
-    from ghostnet.loggers import jsonable
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}.") from None

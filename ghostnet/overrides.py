@@ -1,24 +1,24 @@
 """The door: a command's overrides become checked configs, or one message that lists every fault with its way out."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.composing import Composer, Look
+from ghostnet.composing import ERRORS, Composer, Look
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError
+from ghostnet.grid import SweepJob, jobs_at_the_door, words_of
 from ghostnet.groups import CONF
-from ghostnet.words import first_line, parsed
+from ghostnet.sweeps import plugin_faults, register
+from ghostnet.words import OPTIONAL, first_line, parsed
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,13 @@ class Checked:
     """What is known of a command."""
 
     jobs: list[Config]
-    """The resolved config of each job, one unless it is a sweep."""
+    """The resolved config of each job, one unless it is a sweep; of a search, those at the corners of its space."""
     hydra: DictConfig
     """Hydra's own config."""
+    names: list[str] = field(default_factory=lambda: [""])
+    """The folder of each job in the sweep's; empty where that is not known yet."""
+    multirun: bool = False
+    """By -m, or by an experiment that is a sweep."""
     faults: list[str] = field(default_factory=list)
     """What is wrong, each with its way out; empty of a command that passed the door."""
 
@@ -53,24 +57,39 @@ def examine(name: str, overrides: Sequence[str], multirun: bool, look: Look = la
     """
     with _hydra():
         words, faults = _well_formed(name, overrides)
-        if not multirun:
-            words, swept = _without_sweeps(name, words)
-            faults += swept
-        jobs = [list(words)]
+        sweep = _sweep_config(name, [parsed(word) for word in words])
+        multirun = multirun or (sweep is not None and sweep.mode == RunMode.MULTIRUN)
+        jobs = [SweepJob("", words)]
         if multirun:
             try:
-                jobs = BasicSweeper.split_arguments([parsed(word) for word in words], None)[0]
-            except HydraException as error:
-                return Checked([], OmegaConf.create(), [*faults, first_line(error)])
+                own = words_of(sweep.sweeper.get("params")) if sweep is not None else []
+                jobs = jobs_at_the_door([parsed(word) for word in [*own, *words]], sweep)
+            except (HydraException, ConfigError) as error:
+                return Checked([], OmegaConf.create(), [], multirun, [*faults, first_line(error)])
             if not jobs:
-                return Checked(
-                    [], OmegaConf.create(), [*faults, "this sweep has no job: one of its keys has no value."]
-                )
+                none = "this sweep has no job: one of its keys has no value."
+                return Checked([], OmegaConf.create(), [], multirun, [*faults, none])
+        else:
+            words, swept = _without_sweeps(name, words)
+            faults += swept
+            jobs = [SweepJob("", words)]
         composer = Composer(name, look)
-        checked = [composer.job(job) for job in jobs]
-        faults += by_jobs(jobs, [[fault.text for fault in job.faults] for job in checked])
-        hydra = composer.hydra(jobs[0]) if faults else compose(name, overrides=jobs[0], return_hydra_config=True).hydra
-        return Checked([job.config for job in checked], hydra, faults)
+        checked = [composer.job(job.words) for job in jobs]
+        faults += by_jobs([job.words for job in jobs], [[fault.text for fault in job.faults] for job in checked])
+        hydra = composer.hydra(jobs[0].words)
+        faults += plugin_faults(hydra)
+        if not faults:
+            hydra = compose(name, overrides=jobs[0].words, return_hydra_config=True).hydra
+        return Checked([job.config for job in checked], hydra, [job.name for job in jobs], multirun, faults)
+
+
+def _sweep_config(name: str, words: Sequence[Override]) -> DictConfig | None:
+    """Hydra's config, on which it depends whether and how a command sweeps; None where it has faults."""
+    chosen = [o.input_line or "" for o in words if o.key_or_group in OPTIONAL or o.key_or_group.startswith("hydra")]
+    try:
+        return DictConfig(compose(name, overrides=chosen, return_hydra_config=True).hydra)
+    except ERRORS:
+        return None
 
 
 def by_jobs(jobs: Sequence[Sequence[str]], faults: Sequence[Sequence[str]]) -> list[str]:
@@ -128,15 +147,8 @@ def _without_sweeps(name: str, words: Sequence[str]) -> tuple[list[str], list[st
 
 def _hydra() -> Any:  # noqa: ANN401 (a context manager that hydra does not type)
     GlobalHydra.instance().clear()
+    register()
     return initialize_config_dir(str(CONF), version_base="1.3")
-
-
-def quoted(text: str | Path) -> str:
-    """A text as hydra's grammar reads any text: as it is, or in quotes where it has special characters."""
-    if re.fullmatch(r"[\w./-]+", str(text), re.ASCII):
-        return str(text)
-    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def given_keys(overrides: Sequence[str]) -> list[str]:

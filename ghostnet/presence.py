@@ -14,6 +14,7 @@ from ghostnet.conflicts import lacks
 from ghostnet.errors import ConfigError, UserError
 from ghostnet.folders import baseline
 from ghostnet.schema import Fault
+from ghostnet.wandb_artifact import SCHEME, located
 
 HERE = ("hydra._internal.core_plugins.basic_launcher.", "hydra_plugins.hydra_joblib_launcher.")
 """The launchers whose jobs run on this machine."""
@@ -32,7 +33,12 @@ class Presence:
         found = []
         for key, more in kinds.items():
             path = values.get(key)
-            if path and isinstance(path, str) and path != "auto" and not Path(path).expanduser().exists():
+            if path and isinstance(path, str) and path.startswith(SCHEME):
+                try:
+                    located(path)
+                except UserError as error:
+                    found.append(Fault((key,), f"{key}={error}"))
+            elif path and isinstance(path, str) and path != "auto" and not Path(path).expanduser().exists():
                 text = f"{key}={path}: {path} does not exist. Give a checkpoint file{more}."
                 found.append(Fault((key,), text))
         if self.trains and (text := _no_data(values.get("data.dataset._target_"), values.get("data.dataset.root"))):

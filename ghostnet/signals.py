@@ -29,6 +29,8 @@ class StopSignal:
         self.ranks = ranks
         self.signum, self.at = 0, 0.0
         self.signals = [STOP] if ranks.starter == "launch" else [signal.SIGINT, signal.SIGTERM, STOP]
+        if signal.getsignal(signal.SIGUSR2) not in (signal.SIG_DFL, None):
+            self.signals.append(signal.SIGUSR2)  # submitit warns by it of a time limit
         self.previous: dict[int, Any] = {}
 
     def check(self, error: Exception | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -110,3 +111,11 @@ def _in_option(group: str, option: str, path: str) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return re.sub(r"\s+", " ", str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+
+
+def quoted(text: str | Path) -> str:
+    """A text as hydra's grammar reads any text: as it is, or in quotes where it has special characters."""
+    if re.fullmatch(r"[\w./-]+", str(text), re.ASCII):
+        return str(text)
+    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

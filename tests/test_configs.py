@@ -11,6 +11,7 @@ from ghostnet import config, groups, overrides
 from ghostnet.errors import ConfigError
 from ghostnet.models.ghostnet import GhostNet
 from ghostnet.optim import Timeline
+from ghostnet.words import quoted
 from tests.conftest import REPOSITORY, Run
 
 GROUPS = [(group, option) for group in groups.groups() for option in groups.options(group)]
@@ -146,7 +147,7 @@ def test_all_faults_of_a_command_come_in_one_message() -> None:
 
 @pytest.mark.parametrize("path", ["a b", "x=y", "ü", "it's (1)", "[a,b]"])
 def test_a_quoted_path_is_taken_as_it_is(path: str) -> None:
-    word = f"data.root={overrides.quoted(path)}"
+    word = f"data.root={quoted(path)}"
     assert checked(word)["data"]["root"] == path
 
 

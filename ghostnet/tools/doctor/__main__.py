@@ -53,7 +53,7 @@ def examine(words: list[str]) -> Findings:
     chosen = ((group, checked.hydra.runtime.choices.get(group)) for group in GROUPS)
     yield Finding(OK, ", ".join(f"{group} {option}" for group, option in chosen if option), "", "config")
     yield from base
-    case = Case(checked.jobs[0], lambda: settle(checked, words, multirun=False), count)
+    case = Case(checked.jobs[0], lambda: settle(checked, words), count)
     try:
         importlib.import_module("torch")
     except Exception as error:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ghostnet import manual
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError, UserError, explain
-from ghostnet.overrides import check_command, quoted
+from ghostnet.overrides import check_command
+from ghostnet.words import quoted
 
 if TYPE_CHECKING:
     from ghostnet.tools.pack.writer import Part

@@ -1,0 +1,153 @@
+"""What reproduces a run, in its folder: run.json, code.diff; what became of it; the lock of who trains in it."""
+
+import contextlib
+import fcntl
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ghostnet
+from ghostnet.errors import ConfigError, UserError
+
+REPOSITORY = Path(__file__).parent.parent
+FILE, DIFF, LOCK = "run.json", "code.diff", ".lock"
+PACKAGES = ("torch", "torchvision", "torch_npu", "numpy", "pillow", "simplejpeg", "hydra-core", "omegaconf", "wandb")
+LARGEST = 1 << 20
+"""Bytes of a file that is not in git yet, up to which its content is kept too."""
+
+
+def write(folder: Path, run: dict[str, Any]) -> None:
+    """Write run.json with what is given and what this machine and code are; code.diff where the code was changed.
+
+    A run that goes on keeps the time at which it was started first.
+    """
+    commit, diff = code()
+    run = run | {"host": platform.node(), "commit": commit, "dirty": bool(diff)}
+    run |= {"versions": versions(), "hardware": hardware()}
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        run["started"] = json.loads((folder / FILE).read_text())["started"]
+    write_json(folder / FILE, run)
+    if diff:
+        (folder / DIFF).write_text(diff)
+    else:
+        (folder / DIFF).unlink(missing_ok=True)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """run.json; empty where there is none, or none that can be read."""
+    try:
+        return dict(json.loads((folder / FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """result.json; empty where there is none, or none that can be read."""
+    try:
+        return dict(json.loads((folder / "result.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def status(folder: Path) -> str:
+    """completed, pruned or failed, as the run told; else running, where a process trains in it, or cut off."""
+    return "running" if is_locked(folder) else str(result(folder).get("status", "cut off"))
+
+
+@functools.cache
+def code() -> tuple[str | None, str]:
+    """The commit of the code that runs, and what differs from it, as a diff; None and '' outside of git.
+
+    It is asked once: what is edited later is not what this process runs.
+    """
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, check=False)
+        if done.returncode not in ((0, 1) if "--no-index" in words else (0,)):
+            raise OSError
+        return done.stdout.decode(errors="replace")
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != REPOSITORY.resolve():
+            return None, ""
+        commit, diff = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+        for name in filter(None, git("ls-files", "--others", "--exclude-standard", "-z").split("\0")):
+            if (REPOSITORY / name).stat().st_size <= LARGEST:
+                diff += git("diff", "--no-index", "--", "/dev/null", name)
+        return commit, diff
+    except OSError:
+        return None, ""
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of Python, this project and the packages that decide what a run computes, as far as they are installed."""
+    found = {"python": platform.python_version(), "ghostnet": ghostnet.__version__}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@functools.cache
+def hardware() -> dict[str, Any]:
+    """The CPU by name, how many of them, and the machine's memory in bytes; result.json names the cards."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": name, "cpus": os.cpu_count(), "memory": memory}
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """This process alone trains in a folder; ConfigError where another does. The kernel ends it with the process."""
+    with (folder / LOCK).open("a+") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.2)  # somebody may just be looking whether it is taken
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(f"{folder}: another process trains here ({file.read().strip() or 'unknown'}).") from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains in a folder."""
+    try:
+        with (folder / LOCK).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all; UserError where it can't be."""
+    from ghostnet.loggers import jsonable
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}.") from None

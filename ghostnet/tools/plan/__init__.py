@@ -1,0 +1,1 @@
+"""What would this command do? Nothing is trained, no folder is made."""

@@ -1,0 +1,43 @@
+"""The reference's command as ours: python -m ghostnet.tools.translate 'bash ./test/train_full_8p.sh --data_path=D'.
+
+Takes a line of Ascend ModelZoo's GhostNet for PyTorch, in quotes or word by word: a script of test/ with its flags, or
+a Python program with its flags, with what goes before it in a shell (nohup, taskset, a loop over cards). The first line
+printed is our command; below it which flags did nothing there, which have no home here and why, which are unknown.
+"""
+
+import shlex
+import sys
+
+from ghostnet.errors import UserError
+from ghostnet.tools.translate.command import ITSELF, NONE, NOTE, NOTHING, WARNING, Command, translate
+from ghostnet.tools.translate.shell import FORM, parse
+
+
+def page(command: Command) -> str:
+    """The command, then the remarks under their headings."""
+    lines = [shlex.join(["python", f"{command.program}.py", *command.words])]
+    for heading in (WARNING, NOTHING, NONE, ITSELF, NOTE):
+        remarks = [(text, why) for kind, text, why in command.remarks if kind == heading]
+        width = max((len(text) for text, _ in remarks), default=0)
+        lines += ["", f"{heading}:"] if remarks else []
+        lines += [f"  {text:<{width}}{'  ' if width else ''}{why}" for text, why in remarks]
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> int:
+    """The exit code: 0, or 1 with one message."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__.strip() if __doc__ else "")
+        return 0
+    try:
+        if not words:
+            raise UserError(f"which command? {FORM}")
+        print(page(translate(parse(words[0] if len(words) == 1 else shlex.join(words)))))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
