@@ -18,7 +18,7 @@ def page(name: str, usage: str, words: Sequence[str] = ()) -> str:
     chosen = _chosen(name, words)
     parts = [usage.strip()]
     if chosen:
-        parts.append(_groups(name, chosen))
+        parts.append(_groups(chosen))
     parts += [_values(name, chosen)]
     return "\n\n".join(part for part in parts if part)
 
@@ -35,14 +35,18 @@ def settings() -> list[str]:
 
 def _defaults(path: Path) -> dict[str, str]:
     """The groups of a config's defaults list and the options that it takes, '' for none."""
+    if not path.is_file():
+        return {}
     head = re.split(r"^\S", path.read_text(encoding="utf-8").partition("defaults:\n")[2], maxsplit=1, flags=re.M)[0]
-    found = re.findall(r"^\s*-\s+(?:optional\s+|override\s+)?/?(\w+)(?:@\S+)?:\s*(\S+)", head, flags=re.M)
+    found = re.findall(r"^\s*-\s+(?:optional\s+|override\s+)?/?([\w/]+)(?:@\S+)?:\s*(\S+)", head, flags=re.M)
     return {group: "" if option == "null" else option for group, option in found}
 
 
 def _chosen(name: str, words: Sequence[str]) -> dict[str, str]:
     """Group -> the option that the command, or else the primary config takes."""
     chosen = {group: option for group, option in _defaults(CONF / f"{name}.yaml").items() if group in groups()}
+    if name == "train":
+        chosen |= dict.fromkeys(hydra_groups(), "basic")
     pairs = [word.partition("=")[::2] for word in words]
     given = {group: option for group, option in pairs if group in chosen and option in options(group)}
     for group, option in (chosen | given).items():
@@ -51,19 +55,22 @@ def _chosen(name: str, words: Sequence[str]) -> dict[str, str]:
     return chosen | given
 
 
-def _groups(name: str, chosen: dict[str, str]) -> str:
-    head = "Groups. group=option replaces all values of a group; * is what this command takes:"
-    out = [head]
-    for group in [*chosen, *(hydra_groups() if name == "train" else [])]:
-        taken = chosen.get(group, "basic")
+BASIC = {
+    "hydra/launcher": "Hydra's own: one job of a sweep after another, in this process.",
+    "hydra/sweeper": "Every combination of the values.",
+}
+"""What is chosen where nothing is, and has no file in conf/."""
+
+
+def _groups(chosen: dict[str, str]) -> str:
+    out = ["Groups. group=option replaces all values of a group; * is what this command takes:"]
+    for group, taken in chosen.items():
         out.append("")
-        there = [*(["basic"] if group.startswith("hydra/") else []), *options(group)]
-        for number, option in enumerate(dict.fromkeys(there)):
-            path = CONF / group / f"{option}.yaml"
-            said = heading(group, option) if path.is_file() else "Hydra's own: one after another, in this process."
+        said = {"basic": BASIC[group]} if group in BASIC else {}
+        said |= {option: heading(group, option) for option in options(group)}
+        for number, (option, text) in enumerate(said.items()):
             mark = "*" if option == taken else " "
-            left = f"  {group if not number else '':<15} {mark} {option}"
-            out += _row(left, said)
+            out += _row(f"  {'' if number else group:<15} {mark} {option}", re.sub(r":$", ".", text))
     return "\n".join(out)
 
 
@@ -73,8 +80,9 @@ def _values(name: str, chosen: dict[str, str]) -> str:
         if key.partition(".")[0] != "hydra":
             out += _value(key, line)
     for group, option in chosen.items():
-        of = lines(CONF / group / f"{option}.yaml") if option else {}
-        prefix, whole = ("", True) if group == "experiment" else (f"{group}.", False)
+        path, whole = CONF / group / f"{option}.yaml", group == "experiment"
+        prefix = "" if whole else f"{group.replace('/', '.')}."
+        of = lines(path) if path.is_file() else {}
         rows = [row for key, line in of.items() for row in _value(f"{prefix}{key}", line, whole)]
         out += ["", f"of {group}={option}{', in place of those above' if whole else ''}:", *rows] if rows else []
     return "\n".join(out)
