@@ -13,7 +13,7 @@ from hydra import compose
 
 from ghostnet import drivers, groups, manual, overrides
 from ghostnet.composing import Composer
-from ghostnet.config import SCHEMAS, resolved
+from ghostnet.config import resolved
 from ghostnet.errors import ConfigError
 from tests.conftest import REPOSITORY, environment
 
