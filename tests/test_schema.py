@@ -46,6 +46,7 @@ TARGETS = sorted(
         target
         for path in (REPOSITORY / "conf").rglob("*.yaml")
         for target in targets_in(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
+        if not target.startswith("hydra_plugins.")
     }
 )
 
