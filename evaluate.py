@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import launch
+from ghostnet import jobs, launch
 from ghostnet.config import Config, build, build_model, check, resolved, unresolved
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.overrides import given_keys
@@ -133,12 +133,12 @@ def main(cfg: DictConfig) -> float:
     try:
         cfg.ckpt = located(cfg.ckpt)
         job = unresolved(cfg), list(HydraConfig.get().overrides.task)
-        result = launch.on_ranks(run, job, resolved(cfg)["device"])
+        result = jobs.on_ranks(run, job, resolved(cfg)["device"])
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        launch.say(f"error: {message}")
+        jobs.say(f"error: {message}")
         raise SystemExit(1) from None
     print(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  FPS {result['fps']:.1f}")
     print(json.dumps(jsonable(result), allow_nan=False), flush=True)

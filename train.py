@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from ghostnet import folders, launch, record
+from ghostnet import folders, jobs, launch, record
 from ghostnet.config import build, build_model, changes, check_same_run, same_batch
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ghostnet.signals import StopSignal
 
 
-def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
+def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     """One run, in flow order: device, data, model, optimizer, loggers, the loop, the result. -> result.json.
 
     Every rank runs it; the main one prints and writes.
@@ -368,7 +368,7 @@ def _evaluate(
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One job."""
-    return launch.guard(cfg, run)
+    return jobs.guard(cfg, run)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ FLOORS = [
     {"overrides", "flags"},
     {"folders"},
     {"presence", "rerun", "confidence", "runs"},
-    {"results"},
+    {"results", "jobs"},
     {"launch"},
     {"train", "evaluate", "tools"},
 ]

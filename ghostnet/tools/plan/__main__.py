@@ -23,7 +23,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ghostnet import launch
+from ghostnet import jobs
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError, explain
 from ghostnet.folders import Place, settle
@@ -217,20 +217,20 @@ def main(typed: list[str]) -> int:
     try:
         plan(typed)
     except KeyboardInterrupt:
-        launch.say("stopped, as asked.")
+        jobs.say("stopped, as asked.")
         return 130
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        launch.say(f"error: {message}")
+        jobs.say(f"error: {message}")
         return 1
     return 0
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     """End what is measured, too, where this is asked to end."""
-    launch.say(f"{signal.Signals(signum).name}: stopped.")
+    jobs.say(f"{signal.Signals(signum).name}: stopped.")
     raise SystemExit(128 + signum)
 
 
