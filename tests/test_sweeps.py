@@ -1,5 +1,6 @@
 """Sweeps: named by what differs, killed anywhere and repeated, several at once, searched; runs repeated."""
 
+import contextlib
 import importlib.util
 import json
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 
 import optuna
+import psutil
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,6 +28,21 @@ JOBS = ["optim.lr=1", "optim.lr=2", "optim.lr=4"]
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 SPACE = ["hydra/sweeper=optuna", "optim.lr=tag(log, interval(0.001, 8))", "model.dropout=choice(0.0, 0.3)"]
 SPACE += ["hydra.sweeper.n_trials=7", "hydra.sweeper.startup_trials=3", "epochs=3"]
+
+SYNTHETIC = [
+    "data=synthetic",
+    "data.dataset.num_train=64",
+    "data.dataset.num_val=32",
+    "data.image_size=32",
+    "device=cpu",
+]
+SYNTHETIC += [
+    "data.batch_size=32",
+    "data.eval_batch_size=32",
+    "model.width=0.1",
+    "epochs=1",
+    "schedule.warmup_epochs=0",
+]
 
 
 def parsed(*words):
@@ -181,6 +198,45 @@ def test_jobs_at_once_have_cpus_of_their_own(run, tmp_path, tiny_data):
     threads = {line.split(",")[1].strip() for line in done.stdout.splitlines() if "device  cpu" in line}
     each = max(1, workers.jobs_at_once({"kind": "cpu"}, None) * 2 // 2)
     assert threads == {f"{each} thread{'s' if each > 1 else ''}"}
+
+
+@pytest.mark.slow
+def test_fifty_jobs_two_at_a_time_leave_no_memory_no_files_and_no_processes(tmp_path):
+    words = [*SYNTHETIC, "seed=range(50)", "sweep=fifty"]
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), "-m", *words, *JOBLIB],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
+    sweep, seen, children = tmp_path / "multirun" / "fifty", {}, set()
+    while process.poll() is None:
+        done = len(list(sweep.glob("*/result.json")))
+        with contextlib.suppress(psutil.Error):
+            for worker in psutil.Process(process.pid).children(recursive=True):
+                children.add(worker)
+                seen.setdefault(worker.pid, []).append((done, worker.memory_info().rss, worker.num_fds()))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    assert len(list(sweep.glob("*/result.json"))) == 50
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    busy = [looks for looks in seen.values() if max(rss for _, rss, _ in looks) > 200e6]
+    assert len(busy) == 2, "each worker did more than one job"
+    for looks in busy:
+        early = [(rss, fds) for done, rss, fds in looks if 8 <= done < 20]
+        late = [(rss, fds) for done, rss, fds in looks if done >= 38]
+        assert max(rss for rss, _ in late) < 1.1 * max(rss for rss, _ in early)
+        assert max(fds for _, fds in late) <= max(fds for _, fds in early)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: requirements-ray.txt")
+def test_ray_runs_jobs_on_a_cluster_of_its_own(run, tmp_path):
+    words = ["-m", *SYNTHETIC, "seed=1,2"]
+    assert run("train.py", *words, "sweep=here").returncode == 0
+    done = run("train.py", *words, "sweep=there", "hydra/launcher=ray", "hydra.launcher.ray.init.address=null")
+    assert done.returncode == 0, done.stderr
+    assert_same_sweeps(tmp_path / "multirun" / "here", tmp_path / "multirun" / "there", ["seed=1", "seed=2"])
 
 
 def test_submitit_runs_jobs_in_processes_of_its_own(run, tmp_path, tiny_data):
