@@ -1,4 +1,13 @@
-"""Evaluate a checkpoint: python evaluate.py ckpt=FILE|RUN_FOLDER [data.root=…] -> Acc@1, Acc@5, loss, FPS."""
+"""Evaluate a checkpoint: Acc@1, Acc@5, loss, images per second.
+
+  python evaluate.py ckpt=FILE|RUN_FOLDER [data.root=…]    model, data, precision of the checkpoint, if it is ours
+  python evaluate.py ckpt=outputs/…/best.pt device=npu_8p  over all ranks, the same numbers
+  python evaluate.py ckpt=wandb://entity/project/artifact:best    a checkpoint that lies at Weights & Biases
+  python evaluate.py ckpt=ghostnet.pth data.root=/data/imagenet   anybody's GhostNet; model=ghostnet_130 for 1.3x
+  python evaluate.py … --cfg job                           the whole config of a command, nothing run
+
+--hydra-help tells of Hydra's own flags and settings.
+"""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -7,10 +16,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import launch
+from ghostnet import jobs, launch
 from ghostnet.config import Config, build, build_model, check, resolved, unresolved
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.overrides import given_keys
+from ghostnet.wandb_artifact import located
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -42,6 +52,8 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
 
     # Device, data
     ranks, device, words = settle(ranks, config["device"]["kind"], config["device"]["ids"])
+    amp = build(config["amp"])
+    amp.check(device)
     data = config["data"]
     with ranks.main_first():
         val_set = build(data["dataset"], "val")
@@ -65,7 +77,6 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
         raise UserError(
             f"{'; '.join(messages)}: an untrained classifier can't be evaluated. The data must have as many."
         )
-    amp = build(config["amp"])
     model = amp.for_evaluation(model.to(device, memory_format=memory_format(device)), device)
     if ranks.is_main:
         print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {words}", flush=True)
@@ -110,7 +121,7 @@ def with_saved(cfg: DictConfig, saved: dict[str, Any], overrides: list[str]) -> 
     config = resolved(merged)
     faults = check("evaluate", {key: config[key] for key in ("ckpt", "ema", "model", "data", "amp", "device")})
     if faults:
-        raise ConfigError("\n       ".join(faults))
+        raise ConfigError("\n       ".join(map(str, faults)))
     return config
 
 
@@ -120,13 +131,14 @@ def main(cfg: DictConfig) -> float:
     from ghostnet.loggers import jsonable
 
     try:
+        cfg.ckpt = located(cfg.ckpt)
         job = unresolved(cfg), list(HydraConfig.get().overrides.task)
-        result = launch.on_ranks(run, job, resolved(cfg)["device"])
+        result = jobs.on_ranks(run, job, resolved(cfg)["device"])
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        launch.say(f"error: {message}")
+        jobs.say(f"error: {message}")
         raise SystemExit(1) from None
     print(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  FPS {result['fps']:.1f}")
     print(json.dumps(jsonable(result), allow_nan=False), flush=True)

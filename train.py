@@ -1,4 +1,17 @@
-"""Train GhostNet: python train.py [group=option …] [key=value …]; python train.py -m key=a,b for a sweep."""
+"""Train GhostNet.
+
+  python train.py [group=option …] [key=value …]           one run, in a folder of its own
+  python train.py experiment=quickstart                    on images that ship with it, about a minute on two cores
+  python train.py data.root=/data/imagenet                 ImageNet: train/<class>/*, val/<class>/*
+  python train.py -m optim.lr=0.2,0.4 seed=1,2 …           a sweep: a job for each combination, a table at the end
+  python train.py … hydra.run.dir=runs/a resume=auto       go on where runs/a was stopped, or start it
+  python train.py optim=adamw data=shards --help           this page, with the values of those options
+  python train.py … --cfg job                              the whole config of a command, nothing run
+  eval "$(python train.py --shell-completion install=bash)"    completion of groups, options, keys
+
+Completion in fish: python train.py --shell-completion install=fish | source; in zsh as above, after
+autoload -Uz bashcompinit && bashcompinit. --hydra-help tells of Hydra's own flags and settings.
+"""
 
 import contextlib
 import functools
@@ -10,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from ghostnet import folders, launch
-from ghostnet.config import build, build_model, changes, check_same_run
+from ghostnet import folders, jobs, launch, record
+from ghostnet.config import build, build_model, changes, check_same_run, same_batch
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
 
 if TYPE_CHECKING:
@@ -22,7 +35,7 @@ if TYPE_CHECKING:
     from ghostnet.signals import StopSignal
 
 
-def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
+def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     """One run, in flow order: device, data, model, optimizer, loggers, the loop, the result. -> result.json.
 
     Every rank runs it; the main one prints and writes.
@@ -37,12 +50,14 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.device import check_sync_bn, cpu_count, describe, memory_format, peak_memory
     from ghostnet.distributed import settle, synchronized
     from ghostnet.ema import Ema
-    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo, Wandb
+    from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
     from ghostnet.signals import Interrupted, StopSignal
+    from ghostnet.wandb_artifact import located
+    from ghostnet.wandb_logger import ID_FILE
 
     cfg, folder, console = job.cfg, job.folder, ConsoleLogger(not ranks.is_main, job.prefix)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
@@ -50,6 +65,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     # Device
     ranks, device, words = settle(ranks, cfg["device"]["kind"], cfg["device"]["ids"])
     console.say(f"device  {words}")
+    amp = build(cfg["amp"])
+    amp.check(device)
 
     # Data
     with ranks.main_first():
@@ -74,7 +91,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     seed_init(seed)
     model = build_model(cfg["model"], num_classes)
     if cfg["model"]["weights"]:
-        for message in load_weights(model, cfg["model"]["weights"]):
+        weights = ranks.from_main(lambda: located(cfg["model"]["weights"]))
+        for message in load_weights(model, weights):
             console.say(message)
     if cfg["model"]["freeze"]:
         if not isinstance(model, GhostNet):
@@ -96,7 +114,6 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
     if cfg["sync_bn"]:
         check_sync_bn(device)
         model = synchronized(model, ranks)
-    amp = build(cfg["amp"])
     optimizer = amp.initialize(model, lambda named: build(cfg["optim"] | {"lr": peak}, named), device)
     schedule = build(cfg["schedule"], Timeline(peak, cfg["epochs"], steps_per_epoch))
     epochs = cfg["epochs"] + cfg["schedule"]["cooldown_epochs"]
@@ -105,8 +122,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         f"steps   {total_steps:,}: {epochs} epochs of {steps_per_epoch:,} at a global batch of {global_batch_size:,}, "
         f"peak learning rate {peak:.4g}, amp {amp.name}"
     )
-    if cfg["schedule"]["warmup_epochs"] >= epochs:
-        console.say(f"note    the warm-up fills all of the training and never reaches the peak of {peak:.4g}")
+    if cfg["schedule"]["warmup_epochs"] == epochs:
+        console.say(f"note    the warm-up fills all of the training, and comes to the peak of {peak:.4g} at its end")
     mix = build(data["mix"])
     recipe = engine.Recipe(
         preprocessing, mix, schedule, seed, cfg["label_smoothing"], cfg["clip_grad_norm"], accumulate
@@ -120,7 +137,8 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         if saved["global_batch_size"] != global_batch_size:
             raise ConfigError(
                 f"resume: the global batch was {saved['global_batch_size']}, is {global_batch_size}: "
-                f"{ranks.world_size} ranks × data.batch_size × accumulate. Give the data.batch_size that keeps it."
+                f"{ranks.world_size} ranks × data.batch_size × accumulate. "
+                f"{same_batch(saved['global_batch_size'], ranks.world_size, accumulate)}"
             )
         for change in changes(saved["config"], cfg):
             console.say(f"note    {change}")
@@ -132,7 +150,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         state.load_state_dict(saved)
         earlier = saved["seconds"]
         del saved  # a second copy of all weights and moments
-        for name in (checkpoint.BEST, Wandb.ID_FILE) if ranks.is_main else ():
+        for name in (checkpoint.BEST, ID_FILE) if ranks.is_main else ():
             if (path.parent / name).exists() and not (folder / name).exists():
                 shutil.copy2(path.parent / name, folder / name)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
@@ -173,7 +191,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
     try:
         for logger in loggers:
-            logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs))
+            logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs, job.prefix))
         with StopSignal(ranks) as stop:
             try:
                 while True:
@@ -245,7 +263,7 @@ def run(job: launch.Job, ranks: "Ranks") -> dict[str, Any]:
         if cfg["baseline"]:
             result |= _efficiency(result, cfg["baseline"])
         if ranks.is_main:
-            folders.write_json(folder / "result.json", result)
+            record.write_json(folder / "result.json", result)
         return result
     finally:
         with contextlib.ExitStack() as stack:  # each is ended, even where another fails
@@ -350,7 +368,7 @@ def _evaluate(
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One job."""
-    return launch.guard(cfg, run)
+    return jobs.guard(cfg, run)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ class Amp:
         self.parameters: list[Tensor] = []
         """What the optimizer updates, and what the gradient's norm is taken of."""
 
+    def check(self, device: torch.device) -> None:
+        """UserError where the device can't compute so; asked before data are read."""
+
     def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
         """Ready a model that is on its device, in place, and make the optimizer of what it trains."""
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -135,17 +138,12 @@ class Bf16(Amp):
     name = "bf16"
     dtype = torch.bfloat16
 
-    def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
+    def check(self, device: torch.device) -> None:
         """UserError on a card without bfloat16."""
         check_bf16(device)
-        return super().initialize(model, make_optimizer, device)
 
     def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """Folded, in half precision once and for all; UserError on a card without bfloat16."""
-        check_bf16(device)
-        return self._folded(module)
-
-    def _folded(self, module: nn.Module) -> nn.Module:
+        """Folded, in half precision once and for all."""
         return folded(module).to(self.dtype) if isinstance(module, GhostNet) else module
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -165,14 +163,13 @@ class Fp16(Bf16):
         super().__init__()
         self.loss_scale = Scale(loss_scale)
 
+    def check(self, device: torch.device) -> None:
+        """Every device computes in float16."""
+
     def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
         """Ready the loss scale for the device."""
         self.loss_scale.start(device)
-        return Amp.initialize(self, model, make_optimizer, device)
-
-    def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """Folded, in half precision once and for all."""
-        return self._folded(module)
+        return super().initialize(model, make_optimizer, device)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of loss × scale."""

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from ghostnet.conflicts import conflicts
 from ghostnet.errors import ConfigError
 from ghostnet.schema import (
+    Fault,
     Fraction,
     NonNegativeInt,
     Parameter,
@@ -179,7 +181,8 @@ def check_same_run(saved: Config, config: Config) -> None:
     differ = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in FIXED if then.get(key) != now.get(key)]
     batches = [values["data.batch_size"] * values["device.count"] for values in (then, now)]
     if batches[0] != batches[1]:
-        differ.append(f"data.batch_size × device.count was {batches[0]}, is {batches[1]}")
+        way_out = same_batch(batches[0], now["device.count"], 1)
+        differ.append(f"data.batch_size × device.count was {batches[0]}, is {batches[1]} ({way_out.rstrip('.')})")
     if differ:
         raise ConfigError(
             f"resume: the checkpoint is of another run: {'; '.join(differ)}. Repeat its settings, or start a new run "
@@ -187,10 +190,19 @@ def check_same_run(saved: Config, config: Config) -> None:
         )
 
 
+def same_batch(global_batch_size: int, ranks: int, accumulate: int) -> str:
+    """How so many ranks keep a global batch, in a sentence."""
+    size, rest = divmod(global_batch_size, ranks * accumulate)
+    if rest or not size:
+        parts = f"{ranks} ranks{f' × accumulate={accumulate}' if accumulate > 1 else ''}"
+        return f"{global_batch_size} is not divisible by {parts}: give a device.count that divides it."
+    return f"Give data.batch_size={size}, which keeps it."
+
+
 def changes(saved: Config, config: Config) -> list[str]:
-    """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'."""
+    """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'; loggers change no run."""
     then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
-    keys = [key for key in now if then.get(key) != now[key] and key != "resume"]
+    keys = [key for key in now if then.get(key) != now[key] and key.partition(".")[0] not in ("resume", "logger")]
     return [f"{key} was {then.get(key)}, is {now[key]}" for key in keys]
 
 
@@ -219,8 +231,8 @@ def flat(node: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def check(name: str, config: Config) -> list[str]:
-    """What is wrong with a resolved config, a line each."""
+def check(name: str, config: Config) -> list[Fault]:
+    """What is wrong with a resolved config."""
     found = faults(config, fields(SCHEMAS[name]), "")
     schemas = GROUP_SCHEMAS | OWN_SCHEMAS.get(name, {})
     for group, node in config.items():
@@ -234,30 +246,15 @@ def check(name: str, config: Config) -> list[str]:
         else:
             found += _target_faults(node, f"{group}.", fields(ModelExtras) if group == "model" else {})
     if "local" in config:
-        found = ["conf/local/default.yaml: its first line must be '# @package _global_'."]
-    values = dict(flat(config))
-    size, same = values.get("data.image_size"), values.get("data.preprocessing.image_size")
-    if size != same:
-        found.append(f"data.preprocessing.image_size={same}: must equal data.image_size={size}; set that alone.")
-    ids, count = values.get("device.ids"), values.get("device.count")
-    if isinstance(ids, list) and len(ids) != count:
-        found.append(f"device.ids={ids}: names {len(ids)} cards, but device.count is {count}.")
-    elif isinstance(ids, list) and len(set(ids)) < len(ids):
-        found.append(f"device.ids={ids}: names a card twice.")
-    if values.get("compile") is True and str(values.get("amp._target_")).endswith(".Apex"):
-        found.append(
-            "compile=true: apex changes the model in a way that can't be compiled. Give amp=o2, which is alike."
-        )
-    if values.get("sync_bn") is True and values.get("device.kind") == "cpu":
-        found.append("sync_bn=true: torch's SyncBatchNorm needs cards. Give sync_bn=false, or a device with cards.")
-    return found
+        found = [Fault(("local",), "conf/local/default.yaml: its first line must be '# @package _global_'.")]
+    return found + conflicts(dict(flat(config)))
 
 
-def _target_faults(node: Config, prefix: str, extras: dict[str, Parameter]) -> list[str]:
-    target = node.get("_target_")
+def _target_faults(node: Config, prefix: str, extras: dict[str, Parameter]) -> list[Fault]:
+    target, key = node.get("_target_"), f"{prefix}_target_"
     if not isinstance(target, str):
-        return [f"{prefix}_target_: must be the dotted name of a function or class of this project."]
+        return [Fault((key,), f"{key}: must be the dotted name of a function or class of this project.")]
     try:
         return faults(node, signature(target) | extras, prefix)
     except ConfigError as error:
-        return [f"{prefix}{error}"]
+        return [Fault((key,), f"{prefix}{error}")]

@@ -385,5 +385,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a card computes in bfloat16; first-generation Ascend cards don't."""
-    return bool(_module(device.type).is_bf16_supported())
+    """Whether a card computes in bfloat16: first-generation Ascend cards don't, nor CUDA cards before Ampere."""
+    # Which torch by itself takes for able, as they can be made to: slower than in float32.
+    options = {"including_emulation": False} if device.type == "cuda" else {}
+    return bool(_module(device.type).is_bf16_supported(**options))

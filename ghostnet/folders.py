@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.config import Config, check_same_run, same_experiment, unresolved
-from ghostnet.errors import ConfigError, UserError
+from ghostnet.errors import ConfigError
 from ghostnet.overrides import Checked
 
 made: list[Path] = []
@@ -56,7 +56,7 @@ def settle(checked: Checked, words: Sequence[str]) -> Place:
     if not multirun and resume not in (None, "auto"):
         path = Path(resume).expanduser()
         if not path.exists():
-            raise ConfigError(f"{path} does not exist: give a checkpoint file or a run folder.")
+            raise ConfigError(f"resume={resume}: {resume} does not exist. Give a checkpoint file or a run folder.")
         home = path if path.is_dir() else path.parent
         folder = folder if given else home
         if path.is_file() and path.name != "last.pt" and folder.resolve() == home.resolve():
@@ -157,15 +157,3 @@ def baseline(path: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise ConfigError(f"baseline={path}: {file} is no result.json of a finished run; give a run's folder.")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; UserError where it can't be."""
-    from ghostnet.loggers import jsonable
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}.") from None

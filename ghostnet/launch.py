@@ -1,75 +1,27 @@
-"""From a command line to jobs: the door, ranks, what becomes of a job's errors, the table of a sweep."""
+"""From a command line to jobs: the door, the ranks that somebody started, the table of a sweep."""
 
-import contextlib
-import json
-import logging
-import logging.config
 import os
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
-
-from ghostnet import record, workers
-from ghostnet.config import Config, resolved, unresolved
-from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError, explain
-from ghostnet.folders import baseline, check_resume, claim, leave_no_empty_run, settle, write_json
-from ghostnet.overrides import Checked, check_command, quoted
-from ghostnet.rerun import expanded, own_words
-from ghostnet.rerun import note as rerun_note
-from ghostnet.sweeps import OPTUNA
+from ghostnet import manual, record, workers
+from ghostnet.composing import Look
+from ghostnet.errors import ConfigError, PeerFailed, UserError, explain
+from ghostnet.flags import arguments
+from ghostnet.folders import Place, claim, settle
+from ghostnet.grid import OPTUNA
+from ghostnet.jobs import Run, entered, failed, say, terminated, there
+from ghostnet.overrides import Checked, examine, refuse
+from ghostnet.presence import Presence
+from ghostnet.rerun import expanded
+from ghostnet.words import quoted
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
-
-log = logging.getLogger("ghostnet")
-
-failed: list[Path] = []
-"""The folders of the jobs that failed in this process."""
-entered: list[bool] = []
-"""Whether this is the process of the command; else it is one that a launcher made for its jobs."""
-
-Run = Callable[[Any, "Ranks"], dict[str, Any]]
-"""What a program does with one job, on every rank; the main rank's result counts."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one run is told."""
-
-    cfg: Config
-    """Every value, resolved."""
-    raw: Config
-    """The same with its interpolations, as a checkpoint keeps it."""
-    folder: Path
-    """The run folder."""
-    command: str
-    """What the user typed."""
-    logging: dict[str, Any]
-    """Of the main rank, as logging.config.dictConfig takes it."""
-    prefix: str = ""
-    """Of what is printed, where other jobs print beside this one."""
-
-
-def say(text: str) -> None:
-    """One message to the user, beside the program's results."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def command_line(words: list[str]) -> str:
-    """The words as they would be typed again."""
-    return shlex.join(["python", workers.typed()[0], *words])
 
 
 def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
@@ -78,33 +30,36 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
     Of ranks that torchrun or srun started, the main one does so; the others take their jobs from it.
     """
-    signal.signal(signal.SIGTERM, _terminated)
-    signal.signal(signal.SIGUSR1, _terminated)  # how Slurm warns of a time limit, where it is asked to
+    # Hydra's own parser wants flags before the words, or after all of them.
+    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = words
+    args = arguments()
+    if args.help:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of a pager that is closed
+        print(manual.page(name, sys.modules["__main__"].__doc__ or "", args.overrides))
+        return
+    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGUSR1, terminated)  # how Slurm warns of a time limit, where it is asked to
     ranks = _join()
     if ranks is not None and not ranks.is_main:
         sys.exit(_serve(ranks, run))
     entered.append(True)
-    words = sys.argv[1:]
     workers.tell_workers(Path(sys.argv[0]).name, words)
-    args = get_args_parser().parse_args()
-    asks = args.help or args.hydra_help or args.shell_completion or args.info or args.cfg
+    asks = args.hydra_help or args.shell_completion or args.info or args.cfg
     folder, code = None, 0
     try:
-        if not (args.help or args.hydra_help or args.shell_completion):
+        if not (args.hydra_help or args.shell_completion):
             overrides = expanded(args.overrides, args.multirun) if trains else args.overrides
             sys.argv[1:] = [word for word in words if word not in args.overrides] + overrides
-            checked = check_command(args.config_name or name, overrides, args.multirun)
-            _check_ranks(checked, ranks)
-            if not asks:
-                for job in checked.jobs:
-                    check_paths(job, trains)
-            if trains and not asks:
-                place = settle(checked, words)
+            look: Look = Presence(trains) if not asks else lambda *_: []
+            checked = examine(name, overrides, args.multirun, look)
+            place = pass_door(checked, ranks, words, trains and not asks)
+            if place is not None:
                 folder = claim(place)
                 sys.argv.append(f"{place.key}={quoted(folder)}")
                 if checked.multirun:
                     sys.argv += _of_sweep(checked)
-            elif args.multirun:
+            elif args.multirun and not trains:
                 raise ConfigError(f"-m is for train.py: {name}.py takes one command at a time.")
         main()
     except ConfigError as error:
@@ -116,7 +71,8 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     finally:
         if folder is not None and checked.multirun:
             print_table(folder)
-            code = code or any(record.status(job) == "failed" for job in folder.iterdir())
+            jobs = [folder / name for name in checked.names if name] or list(folder.iterdir())
+            code = code or any(record.status(job) == "failed" for job in jobs)
     if ranks is not None and not failed:
         ranks.share(None)
         ranks.leave()
@@ -134,10 +90,6 @@ def _of_sweep(checked: Checked) -> list[str]:
         if checked.hydra.sweeper._target_ == OPTUNA and "hydra.sweeper.n_jobs" not in " ".join(sys.argv):
             added.append(f"hydra.sweeper.n_jobs={n_jobs}")
     return added
-
-
-there: list["Ranks"] = []
-"""What torchrun or srun made of this process: one of several ranks."""
 
 
 def _join() -> "Ranks | None":
@@ -176,9 +128,28 @@ def _serve(ranks: "Ranks", run: Run) -> int:
     return 0
 
 
+def pass_door(checked: Checked, ranks: "Ranks | None", words: list[str], settles: bool) -> Place | None:
+    """One ConfigError with all that is wrong with a command -> where it leaves its files, if it settles at all."""
+    faults, place = list(checked.faults), None
+    try:
+        _check_ranks(checked, ranks)
+    except ConfigError as error:
+        faults.append(str(error))
+    if settles:
+        try:
+            place = settle(checked, words)
+        except ConfigError as error:
+            faults += [str(error)] if not any(fault.startswith(str(error)) for fault in faults) else []
+        except Exception:
+            if not faults:  # else it had faulty values to read
+                raise
+    refuse(faults)
+    return place
+
+
 def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
     """ConfigError where the ranks that were started are not those that the command asks for."""
-    counts = {job["device"]["count"] for job in checked.jobs} - {ranks.local_size if ranks else 0}
+    counts = {job["device"]["count"] for job in checked.jobs if job} - {ranks.local_size if ranks else 0}
     if ranks is not None and counts:
         raise ConfigError(
             f"device.count={counts.pop()}, but {ranks.starter} started {ranks.local_size} on this machine. "
@@ -186,210 +157,14 @@ def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
         )
 
 
-def check_paths(cfg: Config, trains: bool) -> None:
-    """ConfigError where a file or folder that a job names is not there, before torch is loaded for it."""
-    files = [cfg["model"]["weights"]] if trains else [cfg["ckpt"]]
-    for path in filter(None, files):
-        if not Path(path).expanduser().exists():
-            raise ConfigError(f"{path} does not exist: give a checkpoint file{'' if trains else ' or a run folder'}.")
-    node = cfg["data"]["dataset"]
-    if trains and (find := getattr(get_object(node["_target_"]), "find", None)):
-        try:
-            for split in ("train", "val"):
-                find(split, node["root"])
-        except UserError as error:
-            raise ConfigError(str(error)) from None
-    if trains and cfg["baseline"]:
-        baseline(cfg["baseline"])
-
-
-def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN401 (for run)
-    """Run a job on this process, on the ranks it is one of, or on as many as the device group wants -> its result.
-
-    UserError where the cards are not all there, before anything is started.
-    """
-    from ghostnet import elastic
-    from ghostnet.device import cards, check_cards, choose, set_environment
-    from ghostnet.distributed import ALONE
-    from ghostnet.signals import Interrupted
-
-    kind, _ = choose(device["kind"])
-    if not (there and there[0].starter == "srun" and cards(kind) == 1):
-        check_cards(kind, device["count"], device["ids"])
-    set_environment(kind)
-    if there:
-        return run(there[0].share(job), there[0])
-    if device["count"] == 1:
-        return run(job, ALONE)
-    try:
-        result, signum = elastic.launch(_in_rank, (run, job), device["count"])
-    except elastic.RankStopped as stop:
-        if stop.signum == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        _terminated(stop.signum, None)
-    if isinstance(result, int):
-        raise Interrupted(signum or result)
-    return result
-
-
-def _in_rank(what: tuple[Run, Any], ranks: "Ranks") -> dict[str, Any] | int:
-    """One launched rank -> the result, or the signal that ended it."""
-    from ghostnet.signals import Interrupted
-
-    run, job = what
-    if ranks.is_main and isinstance(job, Job):
-        logging.config.dictConfig(job.logging)
-    try:
-        return run(job, ranks)
-    except Interrupted as stop:
-        return stop.signum
-
-
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """A signal outside the loop, which has a way of its own to end."""
-    say(f"{signal.Signals(signum).name}: stopped outside of training, nothing was saved.")
-    raise SystemExit(128 + signum)
-
-
-def guard(cfg: DictConfig, run: Run) -> float | None:
-    """Run a job; its faults end in one message. In a sweep they are noted and the next job goes on. -> Acc@1."""
-    hydra = HydraConfig.get()
-    folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
-    logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    job = Job(resolved(cfg), unresolved(cfg), folder, command_line(workers.typed()[1:]), logs)
-    if entered:
-        if sweep:
-            print(f"\njob {folder.name} -> {folder}", flush=True)
-        return _guarded(job, run, sweep)
-    if workers.stopped:
-        return None
-    with workers.job_signals(child=workers.is_joblib(hydra)):
-        if workers.is_joblib(hydra):
-            workers.take_share(folder.parent, job.cfg["device"], hydra.launcher.n_jobs)
-        return _guarded(replace(job, prefix=f"[{folder.name}] "), run, sweep)
-
-
-def _guarded(job: Job, run: Run, sweep: bool) -> float | None:
-    from ghostnet.signals import Interrupted
-
-    folder = job.folder
-    try:
-        with record.locked(folder):
-            return _recorded(job, run, sweep)
-    except Interrupted as stop:
-        say(f"{job.prefix}{stop}: {folder / 'last.pt'} is saved. To go on:\n  {going_on(folder)}")
-        if entered:
-            raise SystemExit(128 + stop.signum) from None
-        workers.stopped.append(stop.signum)
-        if stop.signum == signal.SIGUSR2:
-            signal.raise_signal(stop.signum)  # submitit's: it puts the job back into the queue
-        return None
-    except ConfigError as error:
-        # Of the lock: what is in the folder is another's.
-        say(f"error: {job.prefix}{error}")
-        failed.append(folder)
-        if not sweep:
-            leave_no_empty_run(folder)
-        return None
-
-
-def _recorded(job: Job, run: Run, sweep: bool) -> float | None:
-    """Run a job and leave in its folder what reproduces it, and of a job of a sweep what went wrong."""
-    from ghostnet.signals import Interrupted
-
-    folder = job.folder
-    try:
-        check_resume(folder, job.cfg)
-        OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
-        record.write(folder, _provenance(job, sweep))
-        if difference := rerun_note(job.cfg["rerun"]):
-            say(f"note    {job.prefix}rerun: {difference}")
-        return float(on_ranks(run, job, job.cfg["device"])["top1"])
-    except Interrupted:
-        raise
-    except Exception as error:
-        log.exception("failed")
-        message = explain(error)
-        if message is None and not sweep:
-            raise
-        say(f"error: {job.prefix}{message or f'{type(error).__name__}: {error}'}")
-        if isinstance(error, SampleError) and (folder / "last.pt").exists():
-            say(f"What was trained so far is saved. To go on once that is mended:\n  {going_on(folder)}")
-        failed.append(folder)
-        if there:
-            raise SystemExit(1) from None  # the other ranks have ended, or wait for a step that won't come
-        if sweep:
-            with contextlib.suppress(UserError):
-                write_json(folder / "result.json", {"status": "failed", "error": message or repr(error)})
-        else:
-            leave_no_empty_run(folder)
-        return None
-
-
-def _provenance(job: Job, sweep: bool) -> dict[str, Any]:
-    """What run.json tells of the command."""
-    hydra = HydraConfig.get()
-    words = own_words(list(hydra.overrides.task))
-    flags = ["hydra.mode=RUN"] if sweep and "-m" not in workers.typed() and "--multirun" not in workers.typed() else []
-    return {
-        "command": job.command,
-        "rerun": command_line([*words, *flags]),
-        "overrides": words,
-        "sweep": str(Path(hydra.sweep.dir).absolute()) if sweep else None,
-        "name": job.folder.name if sweep else None,
-        "seed": job.cfg["seed"],
-        "started": time.time(),
-    }
-
-
-def going_on(folder: Path) -> str:
-    """The command that goes on with this run, or with the sweep that it is a job of."""
-    hydra = HydraConfig.get()
-    sweep = hydra.mode == RunMode.MULTIRUN
-    key, place = ("hydra.sweep.dir", hydra.sweep.dir) if sweep else ("hydra.run.dir", folder)
-    words = workers.typed()[1:]
-    if any(word.startswith("sweep=") for word in words):
-        return command_line(words)
-    again = [word for word in words if not word.startswith(("resume=", f"{key}="))]
-    return command_line([*again, f"{key}={quoted(os.path.relpath(place))}", "resume=auto"])
-
-
 def print_table(folder: Path) -> None:
-    """All jobs of a sweep folder, best first, with the overrides in which they differ."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    """All jobs of a sweep folder, best first, with the settings in which they differ; then those over seeds as one."""
+    from ghostnet import results
 
-    jobs: list[tuple[dict[str, Any], str, list[str]]] = []
-    for config in sorted(folder.glob("**/config.yaml"), key=lambda path: (len(path.parent.name), path)):
-        job, result = config.parent, {"status": "cut off"}
-        if job.name == ".hydra":
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            result = json.loads((job / "result.json").read_text())
-        overrides = []
-        with contextlib.suppress(OSError):
-            overrides = [str(word) for word in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
-        jobs.append((result, str(job.relative_to(folder)), overrides))
-    if not jobs:
-        return
-    shared = set.intersection(*(set(words) for _, _, words in jobs)) if len(jobs) > 1 else set()
-    jobs.sort(key=lambda job: -job[0].get("top1", -1.0))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    columns = [Column(heading, no_wrap=True) for heading in ("job", *(heading for heading, _, _ in COLUMNS), "status")]
-    table = Table(columns[0], Column("overrides", overflow="fold"), *columns[1:], title="best first")
-    for result, number, words in jobs:
-        cells = [format(result[key], spec) if key in result else "–" for _, key, spec in COLUMNS]
-        table.add_row(number, " ".join(word for word in words if word not in shared), *cells, result["status"])
-    console.print(table)
-    print(f"sweep folder: {folder}", flush=True)
-
-
-COLUMNS = (
-    ("Acc@1", "top1", ".3f"),
-    ("Acc@5", "top5", ".3f"),
-    ("loss", "loss", ".4f"),
-    ("FPS", "fps", ".1f"),
-    ("seconds", "seconds", ".1f"),
-)
+    runs = results.collect([folder])
+    for grouped, title in ((False, "best first"), (True, "over seeds, with 95 % confidence")):
+        rows = results.best_first(results.rows(runs, grouped))
+        if rows and (len(rows) < len(runs) or not grouped):
+            results.show(rows, results.columns(runs, grouped), list(results.HEADINGS), title)
+    if runs:
+        print(f"sweep folder: {folder}", flush=True)

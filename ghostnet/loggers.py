@@ -1,16 +1,14 @@
-"""What a run shows and leaves behind: the console, metrics.jsonl, Weights & Biases. Each takes the same rows."""
+"""What a run shows and leaves behind: the console, metrics.jsonl. Each logger takes the same rows."""
 
 import contextlib
 import json
 import logging
 import math
-import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,6 +33,8 @@ class RunInfo:
     """The step of the last evaluation that finished."""
     total_steps: int
     epochs: int
+    prefix: str = ""
+    """Of what is printed, where other runs print beside this one."""
 
 
 class Logger(Protocol):
@@ -221,80 +221,6 @@ def evaluation_bar(total: int, quiet: bool = False) -> Iterator[Callable[[int], 
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("evaluation", total=total)
         yield lambda images: progress.advance(task, images)
-
-
-class Wandb:
-    """Weights & Biases: nested config, rows over `step`, the best accuracy and FPS as summary.
-
-    A resumed run goes on under the same id. Without a login or a network it records offline and says how to sync.
-    """
-
-    ID_FILE = "wandb_id"
-
-    def __init__(
-        self,
-        project: str,
-        mode: Literal["online", "offline", "disabled"],
-        entity: str | None,
-        group: str | None,
-        name: str | None,
-        tags: list[str],
-        notes: str | None,
-    ) -> None:
-        self.options = {"project": project, "entity": entity, "group": group, "name": name, "notes": notes}
-        self.mode, self.tags = mode, list(tags)
-        self.run: Any = None
-
-    def start(self, run: RunInfo) -> None:
-        """Start or go on with the run."""
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
-        import wandb
-
-        id_file = run.folder / self.ID_FILE
-        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
-        settings = {"id": run_id, "resume": "allow", "dir": str(run.folder), "config": run.config, "tags": self.tags}
-        mode = "online"
-        try:
-            mode = self._mode(wandb)
-            self.run = wandb.init(mode=mode, **settings, **self.options)  # type: ignore[arg-type]
-        except wandb.errors.Error as error:
-            if mode != "online":
-                raise UserError(f"logger=wandb: {error}") from None
-            self._go_offline(f"Weights & Biases can't be reached ({str(error).splitlines()[0]})")
-            wandb.teardown()  # the service still holds the id of the run that failed
-            self.run = wandb.init(mode="offline", **settings, **self.options)  # type: ignore[arg-type]
-        id_file.write_text(run_id + "\n")
-        self.run.define_metric("step")
-        for prefix in ("train", "eval", "ema"):
-            self.run.define_metric(f"{prefix}/*", step_metric="step")
-
-    def _mode(self, wandb: Any) -> str:  # noqa: ANN401 (the module)
-        # WANDB_MODE is how clusters say that there is no network.
-        mode = os.environ.get("WANDB_MODE", self.mode) if self.mode == "online" else self.mode
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            self._go_offline("No Weights & Biases login (wandb login, or WANDB_API_KEY)")
-            return "offline"
-        return mode
-
-    def _go_offline(self, why: str) -> None:
-        say(f"{why}: recording offline.")
-
-    def log(self, row: Row) -> None:
-        """One row over `step`."""
-        self.run.log(row)
-
-    def finish(self, result: Row | None) -> None:
-        """Fill the summary and close the run; say how to sync what was recorded offline."""
-        if self.run is None:
-            return
-        if result is not None:
-            self.run.summary.update({f"best/{key}": result[key] for key in ("top1", "top5", "loss")})
-            self.run.summary["fps"] = result["fps"]
-        offline, folder = self.run.settings._offline, self.run.settings.sync_dir
-        self.run.finish(exit_code=0 if result is not None else 1)
-        if offline and self.mode != "disabled":
-            say(f"Weights & Biases recorded offline. To upload it: wandb sync {folder}")
 
 
 def say(text: str) -> None:

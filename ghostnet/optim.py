@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ghostnet.schema import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+from ghostnet.schema import Fraction, FractionPair, NonNegative, NonNegativeInt, Positive, PositiveInt
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 Schedule = Callable[[int], float]
@@ -75,7 +75,7 @@ def rmsprop(
 
 
 def adamw(
-    named: NamedParameters, /, lr: Positive, betas: list[Fraction], weight_decay: NonNegative, eps: Positive
+    named: NamedParameters, /, lr: Positive, betas: FractionPair, weight_decay: NonNegative, eps: Positive
 ) -> Optimizer:
     """AdamW (arXiv 1711.05101), fused; betas: two numbers in [0, 1)."""
     if len(betas) != 2:

@@ -8,11 +8,13 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ghostnet.errors import ConfigError
+import ghostnet
+from ghostnet.errors import ConfigError, UserError
 
 REPOSITORY = Path(__file__).parent.parent
 FILE, DIFF, LOCK = "run.json", "code.diff", ".lock"
@@ -26,8 +28,6 @@ def write(folder: Path, run: dict[str, Any]) -> None:
 
     A run that goes on keeps the time at which it was started first.
     """
-    from ghostnet.folders import write_json
-
     commit, diff = code()
     run = run | {"host": platform.node(), "commit": commit, "dirty": bool(diff)}
     run |= {"versions": versions(), "hardware": hardware()}
@@ -89,9 +89,7 @@ def code() -> tuple[str | None, str]:
 @functools.cache
 def versions() -> dict[str, str]:
     """Of Python, this project and the packages that decide what a run computes, as far as they are installed."""
-    from ghostnet import __version__
-
-    found = {"python": platform.python_version(), "ghostnet": __version__}
+    found = {"python": platform.python_version(), "ghostnet": ghostnet.__version__}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -114,7 +112,11 @@ def locked(folder: Path) -> Iterator[None]:
     """This process alone trains in a folder; ConfigError where another does. The kernel ends it with the process."""
     with (folder / LOCK).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.2)  # somebody may just be looking whether it is taken
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise ConfigError(f"{folder}: another process trains here ({file.read().strip() or 'unknown'}).") from None
@@ -131,9 +133,21 @@ def is_locked(folder: Path) -> bool:
     """Whether a process trains in a folder."""
     try:
         with (folder / LOCK).open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
     return False
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all; UserError where it can't be."""
+    from ghostnet.loggers import jsonable
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}.") from None

@@ -10,7 +10,8 @@ from ghostnet import record
 from ghostnet.config import HARMLESS, Config, flat
 from ghostnet.errors import ConfigError
 from ghostnet.folders import saved_config
-from ghostnet.overrides import check_command, given_keys, quoted
+from ghostnet.overrides import check_command, given_keys
+from ghostnet.words import quoted
 
 OWN = ("resume", "sweep", "rerun")
 """Of the command that ran, not of the run."""
@@ -76,7 +77,7 @@ def _changed(saved: Config, words: list[str], mine: set[str], text: str) -> list
     gone = [key for key, value in theirs.items() if key not in ours and value is not None and not _is_own(key)]
     if gone:
         raise ConfigError(f"rerun={text}: this version has no {', '.join(gone)}; the run's commit is in its run.json.")
-    return [f"{key}={word(theirs[key])}" for key in differ if key not in mine and key.partition(".")[0] not in mine]
+    return [f"{key}={as_word(theirs[key])}" for key in differ if key not in mine and key.partition(".")[0] not in mine]
 
 
 def _is_own(key: str) -> bool:
@@ -85,14 +86,14 @@ def _is_own(key: str) -> bool:
     )
 
 
-def word(value: Any) -> str:  # noqa: ANN401 (values of any config)
+def as_word(value: Any) -> str:  # noqa: ANN401 (values of any config)
     """A value as Hydra's grammar reads it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{','.join(map(word, value))}]"
+        return f"[{','.join(map(as_word, value))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{word(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{as_word(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, str):
         # What would be read as a number, true or null is quoted too.
         return quoted(value) if _is_text(value) else f"'{value}'"

@@ -7,7 +7,7 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +22,13 @@ Probability = Annotated[float, "in [0, 1]"]
 Share = Annotated[float, "in (0, 1]"]
 Magnitude = Annotated[float, "in [0, 30]"]
 Fraction = Annotated[float, "in [0, 1)"]
+ShareRange = Annotated[list[Share], "as [least, most]"]
+PositiveRange = Annotated[list[Positive], "as [least, most]"]
+ProbabilityColour = Annotated[list[Probability], "as [red, green, blue]"]
+PositiveColour = Annotated[list[Positive], "as [red, green, blue]"]
+FractionPair = Annotated[list[Fraction], "as [first, second]"]
 
-_RANGES = {
+_RANGES: dict[str, Callable[[Any], bool]] = {
     "> 0": lambda v: v > 0,
     ">= 0": lambda v: v >= 0,
     ">= 1": lambda v: v >= 1,
@@ -32,6 +37,9 @@ _RANGES = {
     "in (0, 1]": lambda v: 0 < v <= 1,
     "in [0, 30]": lambda v: 0 <= v <= 30,
     "in [0, 1)": lambda v: 0 <= v < 1,
+    "as [least, most]": lambda v: len(v) == 2 and v[0] <= v[1],
+    "as [red, green, blue]": lambda v: len(v) == 3,
+    "as [first, second]": lambda v: len(v) == 2,
 }
 _NAMES: dict[str, Any] = {
     **{name: getattr(typing, name) for name in ("Any", "Annotated", "Literal")},
@@ -49,6 +57,21 @@ class Parameter:
 
     type: Any
     default: Any = REQUIRED
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What is wrong with a command or a config."""
+
+    keys: tuple[str, ...]
+    """The dotted keys that it is about; several contradict each other."""
+    text: str
+    """One sentence or more: the key with its value, what is allowed, the way out."""
+    has_place: bool = True
+    """Whether some file or command set what is wrong; nobody did where a value is still to be given."""
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -133,8 +156,8 @@ def fields(schema: type) -> dict[str, Parameter]:
     }
 
 
-def faults(node: Mapping[str, Any], parameters: Mapping[str, Parameter], prefix: str) -> list[str]:
-    """What is wrong with a config node: unknown keys, missing keys, wrong types, values out of range; a line each."""
+def faults(node: Mapping[str, Any], parameters: Mapping[str, Parameter], prefix: str) -> list[Fault]:
+    """What is wrong with a config node: unknown keys, missing keys, wrong types, values out of range."""
     found = []
     for key, value in node.items():
         name = f"{prefix}{key}"
@@ -142,12 +165,14 @@ def faults(node: Mapping[str, Any], parameters: Mapping[str, Parameter], prefix:
             continue
         if key not in parameters:
             known = ", ".join(parameters) or "none"
-            found.append(f"{name}: no such key.{did_you_mean(str(key), parameters)} Known here: {known}.")
+            near = did_you_mean(str(key), parameters).replace("mean ", f"mean {prefix}")
+            found.append(Fault((name,), f"{name}: no such key.{near} Known here: {known}."))
         elif (fault := _fault(value, parameters[key].type)) is not None:
-            found.append(f"{name}={_show(value)}: {fault}.")
+            found.append(Fault((name,), f"{name}={show(value)}: {fault}."))
     for key, parameter in parameters.items():
         if key not in node and parameter.default is REQUIRED:
-            found.append(f"{prefix}{key}: missing.")
+            allowed = "" if parameter.type is Any else f" It must be {describe(parameter.type)}."
+            found.append(Fault((f"{prefix}{key}",), f"{prefix}{key}: missing.{allowed}"))
     return found
 
 
@@ -200,7 +225,7 @@ def describe(kind: Any) -> str:  # noqa: ANN401 (any annotation)
     return "null" if kind in (None, type(None)) else words.get(kind, str(kind))
 
 
-def _show(value: Any) -> str:  # noqa: ANN401 (values of any config)
+def show(value: Any) -> str:  # noqa: ANN401 (values of any config)
     """A value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

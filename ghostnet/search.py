@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import optuna
 from hydra.core.override_parser.types import Override
@@ -12,23 +12,36 @@ from optuna.trial import Trial, TrialState
 
 from ghostnet import record
 from ghostnet.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ghostnet.sweeps import Search
+from ghostnet.grid import SweepJob, job_name, space_of
 
 STUDY = "ghostnet"
 JOURNAL = "optuna.journal"
 TRIAL = "trial.json"
 
 
-def search(sweep: "Search", parsed: Sequence[Override]) -> None:
-    """Run batches of n_jobs trials until the study has n_trials that came to an end, earlier ones counted."""
-    from ghostnet.sweeps import SweepJob, job_name
+class Sweep(Protocol):
+    """What a search is told, and what runs its jobs: see conf/hydra/sweeper/optuna.yaml."""
 
+    n_trials: int
+    n_jobs: int
+    startup_trials: int
+    prune: bool
+    seed: int
+    storage: str | None
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder."""
+
+    def launch(self, jobs: Sequence[SweepJob]) -> None:
+        """Run jobs and come back when they ended."""
+
+
+def search(sweep: Sweep, parsed: Sequence[Override]) -> None:
+    """Run batches of n_jobs trials until the study has n_trials that came to an end, earlier ones counted."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    fixed = {o.get_key_element(): o.get_value_element_as_str() for o in parsed if not o.is_sweep_override()}
-    space = {o.get_key_element(): distribution(o) for o in parsed if o.is_sweep_override()}
-    space = {key: value for key, value in space.items() if key not in fixed}
+    fixed, searched = space_of(parsed)
+    space = {key: distribution(override) for key, override in searched.items()}
     study = open_study(sweep.storage or str(sweep.folder / JOURNAL), sweep.startup_trials, create=True)
     told = {key: repr(value) for key, value in space.items()}
     if study.user_attrs.setdefault("space", told) != told:
@@ -136,4 +149,4 @@ def hopeless(folder: Path, epoch: int, top1: float) -> bool:
     live = Trial(study, trial._trial_id)
     if epoch not in trial.intermediate_values:
         live.report(top1, epoch)
-    return live.should_prune()
+    return bool(live.should_prune())

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from ghostnet.errors import ConfigError
 
@@ -20,8 +20,8 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 stopped: list[int] = []
 """The signals that asked this process to end: it takes no further jobs."""
-slot: list[tuple[int, IO[str]]] = []
-"""Which of the jobs that run at once this process is, and the file whose lock says so, for its life."""
+slot: list[int] = []
+"""Which of the jobs that run at once this process is, for its life."""
 
 
 def tell_workers(program: str, words: list[str]) -> None:
@@ -135,21 +135,22 @@ def take_share(folder: Path, device: dict[str, Any], n_jobs: int) -> None:
         slot.append(_free_slot(folder, n_jobs))
         mine = sorted(cpus())
         each = max(1, len(mine) // n_jobs)
-        first = slot[0][0] * each % len(mine)
+        first = slot[0] * each % len(mine)
         os.sched_setaffinity(0, mine[first : first + each])
     kind, _ = choose(device["kind"])
     if kind != "cpu":
         ids = list(range(cards(kind)))
-        first = slot[0][0] * device["count"]
+        first = slot[0] * device["count"]
         device["ids"] = ids[first : first + device["count"]]
 
 
-def _free_slot(folder: Path, n_jobs: int) -> tuple[int, IO[str]]:
+def _free_slot(folder: Path, n_jobs: int) -> int:
     (folder / ".slots").mkdir(parents=True, exist_ok=True)
     for number in range(n_jobs):
-        file = (folder / ".slots" / str(number)).open("w")
+        # Stays open, and so locked, until the process ends.
+        file = os.open(folder / ".slots" / str(number), os.O_CREAT | os.O_RDWR)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return number, file
-        file.close()
+            return number
+        os.close(file)
     raise ConfigError(f"{folder}: another command runs jobs of this sweep. Wait until it ends.")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ghostnet.data.datasets import Samples
+from tests.wandb_server import Server
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = ["data=fashion_mnist", "model.width=0.1", "epochs=2", "data.batch_size=32", "data.eval_batch_size=64"]
@@ -51,6 +52,14 @@ def run(tmp_path: Path) -> Run:
         )
 
     return run_command
+
+
+@pytest.fixture
+def wandb_server() -> Iterator[Server]:
+    """What answers as a W&B server does, and can be told to fail."""
+    with Server() as server:
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -139,7 +139,14 @@ def test_pictures_that_are_in_memory_are_not_kept():
 
 
 def test_later_evaluations_decode_nothing_and_give_the_same(run, tmp_path, image_folder):
-    words = [f"data.root={image_folder}", "data.image_size=32", "model.width=0.1", "device=cpu", "data.cache_val=true"]
+    words = [
+        f"data.root={image_folder}",
+        "data.image_size=32",
+        "model.width=0.1",
+        "device=cpu",
+        "schedule.warmup_epochs=1",
+        "data.cache_val=true",
+    ]
     keep = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     trained = run("train.py", *words, "epochs=1", "data.batch_size=16", "hydra.run.dir=run", **keep)
     assert trained.returncode == 0, trained.stderr

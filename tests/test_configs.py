@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ghostnet import config, overrides
+from ghostnet import config, groups, overrides
 from ghostnet.errors import ConfigError
 from ghostnet.models.ghostnet import GhostNet
 from ghostnet.optim import Timeline
+from ghostnet.words import quoted
 from tests.conftest import REPOSITORY, Run
 
-GROUPS = [(group, option) for group in overrides.groups() for option in overrides.options(group)]
-EXPERIMENTS = overrides.options("experiment")
+GROUPS = [(group, option) for group in groups.groups() for option in groups.options(group)]
+EXPERIMENTS = groups.options("experiment")
 
 
 def checked(*words: str) -> config.Config:
@@ -28,13 +29,13 @@ def test_every_option_passes_the_door(group: str, option: str) -> None:
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
 def test_every_config_file_opens_with_a_comment_that_says_what_it_is(group: str, option: str) -> None:
-    lines = (overrides.CONF / group / f"{option}.yaml").read_text().splitlines()
+    lines = (groups.CONF / group / f"{option}.yaml").read_text().splitlines()
     assert next(line for line in lines if not line.startswith("# @package")).startswith("# ")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_headed_by_its_command(name: str) -> None:
-    head = (overrides.CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    head = (groups.CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
     assert f"python train.py experiment={name}" in head
     assert re.search(r"Target: |Expected: ", head), "no expected result"
 
@@ -47,7 +48,7 @@ def test_every_model_group_builds_its_width(name: str) -> None:
     assert model.width == {"050": 0.5, "100": 1.0, "130": 1.3}[name[-3:]]
 
 
-@pytest.mark.parametrize("name", overrides.options("optim"))
+@pytest.mark.parametrize("name", groups.options("optim"))
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16", "o2"])
 def test_every_optimizer_takes_a_step_in_every_precision(name: str, amp: str) -> None:
     cfg = checked(f"optim={name}", f"amp={amp}")
@@ -65,7 +66,7 @@ def test_every_optimizer_takes_a_step_in_every_precision(name: str, amp: str) ->
     assert moved > 0.9 * len(before) or (amp == "fp16" and precision.state_dict()["scale"] < 65536)
 
 
-@pytest.mark.parametrize("name", overrides.options("schedule"))
+@pytest.mark.parametrize("name", groups.options("schedule"))
 def test_every_schedule_starts_low_and_ends_at_its_least(name: str) -> None:
     cfg = checked(f"schedule={name}", "schedule.cooldown_epochs=2", "epochs=90")
     schedule = config.build(cfg["schedule"], Timeline(1.0, 90, 10))
@@ -146,7 +147,7 @@ def test_all_faults_of_a_command_come_in_one_message() -> None:
 
 @pytest.mark.parametrize("path", ["a b", "x=y", "ü", "it's (1)", "[a,b]"])
 def test_a_quoted_path_is_taken_as_it_is(path: str) -> None:
-    word = f"data.root={overrides.quoted(path)}"
+    word = f"data.root={quoted(path)}"
     assert checked(word)["data"]["root"] == path
 
 
@@ -180,13 +181,6 @@ def test_without_data_the_error_names_both_ways_out_and_leaves_no_folder(run: Ru
     assert "experiment=quickstart" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_help_lists_the_groups(run: Run) -> None:
-    done = run("train.py", "--help")
-    assert done.returncode == 0
-    for group in overrides.groups():
-        assert f"{group}: " in done.stdout
 
 
 def test_readme_tree_has_every_file() -> None:

@@ -31,8 +31,8 @@ class Cards:
     def device_count(self):
         return 2
 
-    def is_bf16_supported(self):
-        return self.bf16
+    def is_bf16_supported(self, including_emulation=True):
+        return self.bf16 or including_emulation
 
     def get_device_name(self, device):
         return f"Card {device.index}"

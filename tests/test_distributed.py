@@ -362,7 +362,14 @@ def test_broken_pictures_are_skipped_told_and_counted_by_all_ranks_together(run,
     broken = [root / "train/class0/000.jpg", root / "train/class2/004.jpg", root / "val/class1/001.JPEG"]
     for path in broken:
         path.write_bytes(path.read_bytes()[:100])
-    words = ["data=imagefolder", f"data.root={root}", "data.on_error=skip", "data.image_size=32", "model.width=0.1"]
+    words = [
+        "data=imagefolder",
+        f"data.root={root}",
+        "data.on_error=skip",
+        "data.image_size=32",
+        "model.width=0.1",
+        "schedule.warmup_epochs=1",
+    ]
     done = run("train.py", *words, "device=cpu_2p", "data.batch_size=8", "epochs=3", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     for path in broken:
@@ -408,8 +415,9 @@ def test_a_sweep_of_four_jobs_of_two_ranks_leaves_no_process_and_no_port(tmp_pat
         time.sleep(0.05)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    assert [result(tmp_path / "sweep" / str(job))["world_size"] for job in range(4)] == [2] * 4
-    assert len({result(tmp_path / "sweep" / str(job))["train_loss"] for job in range(4)}) == 4
+    jobs = [result(tmp_path / "sweep" / f"optim.lr={lr},seed={seed}") for lr in (1, 2) for seed in (1, 2)]
+    assert [job["world_size"] for job in jobs] == [2] * 4
+    assert len({job["train_loss"] for job in jobs}) == 4
     assert "best first" in out
     assert left_over(process.pid) == []
     assert len(ports) >= 4  # each job had a port of its own

@@ -21,7 +21,8 @@ from omegaconf import open_dict
 
 from ghostnet.config import TrainConfig, resolved
 from ghostnet.folders import Place
-from ghostnet.overrides import CONF, Checked
+from ghostnet.groups import CONF
+from ghostnet.overrides import Checked
 from ghostnet.tools.doctor import __main__ as doctor
 from ghostnet.tools.doctor import data, machine, run, software
 from ghostnet.tools.doctor.finding import FAIL, OK, WARN, Case, Finding, fresh_python

@@ -8,15 +8,22 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 FLOORS = [
-    {"errors"},
+    {"errors", "groups", "drivers"},
     {"schema"},
+    {"conflicts", "origins"},
     {"device", "seeding"},
     {"distributed", "models", "optim", "ema"},
-    {"data", "amp", "metrics", "checkpoint", "loggers", "signals", "elastic"},
-    {"engine"},
-    {"config"},
-    {"overrides"},
+    {"data", "amp", "metrics", "checkpoint", "loggers", "signals", "elastic", "wandb_recorder"},
+    {"wandb_process", "wandb_artifact"},
+    {"engine", "wandb_logger"},
+    {"config", "record"},
+    {"words", "workers", "grid"},
+    {"composing", "manual", "search"},
+    {"sweeps"},
+    {"overrides", "flags"},
     {"folders"},
+    {"presence", "rerun", "confidence", "runs"},
+    {"results", "jobs"},
     {"launch"},
     {"train", "evaluate", "tools"},
 ]

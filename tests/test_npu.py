@@ -12,6 +12,7 @@ from collections import Counter
 import psutil
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ghostnet import checkpoint
 from tests.conftest import REPOSITORY, TINY, environment
@@ -146,8 +147,20 @@ def test_a_sweep_over_precisions_runs_on_two_cards_each(run, tmp_path, tiny_data
     words = ["-m", *SHORT, *TWO, f"data.root={tiny_data}", "amp=o2,fp16", "hydra.sweep.dir=sweep"]
     done = run("train.py", *words, PYTHONPATH=NPU)
     assert (done.returncode, done.stderr) == (0, "")
-    found = [result(tmp_path / "sweep" / str(job)) for job in range(2)]
+    found = [result(tmp_path / "sweep" / f"amp={amp}") for amp in ("o2", "fp16")]
     assert [(job["amp"], job["world_size"], job["device"]) for job in found] == [("o2", 2, "npu"), ("fp16", 2, "npu")]
+
+
+def test_jobs_at_once_have_cards_of_their_own(run, tmp_path, tiny_data):
+    words = ["-m", *SHORT, "device=npu_1p", "data.batch_size=16", f"data.root={tiny_data}", "seed=1,2", "sweep=two"]
+    words += ["hydra/launcher=joblib"]
+    done = run("train.py", *words, "hydra.launcher.n_jobs=2", PYTHONPATH=NPU)
+    assert (done.returncode, done.stderr) == (0, "")
+    configs = [OmegaConf.load(tmp_path / "multirun" / "two" / f"seed={seed}" / "config.yaml") for seed in (1, 2)]
+    assert sorted(config.device.ids[0] for config in configs) == [0, 1]
+    many = run("train.py", *words, "hydra.launcher.n_jobs=99", PYTHONPATH=NPU)
+    assert many.returncode == 1
+    assert "hydra.launcher.n_jobs=99: jobs of 1 cards at once" in many.stderr
 
 
 OVERFLOW = """

@@ -131,8 +131,15 @@ def test_training_on_shards_gives_the_bits_of_training_on_the_folder(noise, run,
     pack_here(noise, tmp_path / "shards")
     rows = {}
     for data, root in (("imagefolder", noise), ("shards", tmp_path / "shards")):
-        words = ["model.width=0.1", "epochs=1", "data.batch_size=16", "data.image_size=32", "device=cpu"]
-        words += ["schedule.cooldown_epochs=0", "log_every=1", f"hydra.run.dir={data}"]
+        words = [
+            "model.width=0.1",
+            "epochs=1",
+            "schedule.warmup_epochs=1",
+            "data.batch_size=16",
+            "data.image_size=32",
+            "device=cpu",
+        ]
+        words += ["device=cpu", "schedule.cooldown_epochs=0", "log_every=1", f"hydra.run.dir={data}"]
         done = run("train.py", f"data={data}", f"data.root={root}", *words)
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / data / "metrics.jsonl").read_text().splitlines()
@@ -521,7 +528,7 @@ def test_a_faulty_command_is_told_and_leaves_nothing_behind(words, message, tmp_
 def test_help_explains_every_key(tmp_path):
     done = run_pack("a", "b", "--help")
     assert done.returncode == 0
-    for key in ("data.root=SRC", "out:", "size:", "quality:", "shard_mb:", "on_error:", "workers:"):
+    for key in ("data.root=SRC", "out=", "size=256", "quality=90", "shard_mb=256", "on_error=raise", "workers=null"):
         assert key in done.stdout
 
 

@@ -46,6 +46,7 @@ TARGETS = sorted(
         target
         for path in (REPOSITORY / "conf").rglob("*.yaml")
         for target in targets_in(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
+        if not target.startswith("hydra_plugins.")
     }
 )
 
@@ -186,7 +187,7 @@ def test_a_target_that_is_not_there_is_told(target, message):
 def test_reading_a_signature_imports_nothing_of_the_module():
     before = set(sys.modules)
     signature.cache_clear()
-    signature("ghostnet.loggers.Wandb")
+    signature("ghostnet.wandb_logger.Wandb")
     assert "wandb" not in set(sys.modules) - before
 
 
@@ -240,7 +241,7 @@ def test_a_value_of_the_kind_passes(kind, value):
 
 @pytest.mark.parametrize(("kind", "value", "words"), WRONG, ids=str)
 def test_a_value_of_another_kind_is_told_with_what_it_must_be(kind, value, words):
-    (line,) = faults({"key": value}, {"key": Parameter(kind)}, "group.")
+    line = str(*faults({"key": value}, {"key": Parameter(kind)}, "group."))
     assert re.fullmatch(rf"group\.key=.*: must be {words}\.", line)
 
 
@@ -248,24 +249,24 @@ def test_a_value_of_another_kind_is_told_with_what_it_must_be(kind, value, words
     ("value", "shown"), [(None, "null"), (True, "true"), (False, "false"), ("x y", "x y"), ([1], "[1]")]
 )
 def test_a_faulty_value_is_shown_as_it_is_written_on_the_command_line(value, shown):
-    (line,) = faults({"key": value}, {"key": Parameter(PositiveInt)}, "")
+    line = str(*faults({"key": value}, {"key": Parameter(PositiveInt)}, ""))
     assert line == f"key={shown}: must be a whole number >= 1."
 
 
 def test_all_faults_of_a_node_are_told_a_line_each():
     parameters = {"width": Parameter(Positive), "dropout": Parameter(Fraction, 0.2), "num_classes": Parameter(int)}
     node = {"_target_": "x", "widht": 1.0, "dropout": 2.0, "q": 1}
-    assert faults(node, parameters, "model.") == [
-        "model.widht: no such key. Did you mean width? Known here: width, dropout, num_classes.",
+    assert list(map(str, faults(node, parameters, "model."))) == [
+        "model.widht: no such key. Did you mean model.width? Known here: width, dropout, num_classes.",
         "model.dropout=2.0: must be a number in [0, 1).",
         "model.q: no such key. Known here: width, dropout, num_classes.",
-        "model.width: missing.",
-        "model.num_classes: missing.",
+        "model.width: missing. It must be a number > 0.",
+        "model.num_classes: missing. It must be a whole number.",
     ]
 
 
 def test_a_node_without_parameters_knows_no_key():
-    assert faults({"x": 1}, {}, "amp.") == ["amp.x: no such key. Known here: none."]
+    assert list(map(str, faults({"x": 1}, {}, "amp."))) == ["amp.x: no such key. Known here: none."]
 
 
 def test_the_nearest_word_is_meant_or_none():

@@ -87,7 +87,8 @@ def test_a_run_leaves_config_metrics_result_checkpoints_and_log(run: Run, tmp_pa
     assert done.stderr == ""
     folder = tmp_path / "here"
     left = {path.name for path in folder.iterdir()}
-    assert left == {".hydra", "config.yaml", "metrics.jsonl", "result.json", "last.pt", "best.pt", "train.log"}
+    own = {".hydra", ".lock", "config.yaml", "metrics.jsonl", "result.json", "run.json", "last.pt", "best.pt", "train.log"}
+    assert left - {"code.diff"} == own
     overrides = (folder / ".hydra" / "overrides.yaml").read_text()
     assert all(word in overrides for word in TINY)
     found = result(folder)
@@ -265,7 +266,15 @@ def test_a_finished_run_can_be_made_longer(run: Run, tmp_path: Path, tiny_data: 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "hydra.run.dir=here", "schedule.warmup_epochs=0", "clip_grad_norm=null"]
-    done = run("train.py", *words, "schedule=step", "schedule.warmup_epochs=0.5", "optim.lr=1e12", "save_every=1")
+    done = run(
+        "train.py",
+        *words,
+        "schedule=step",
+        "schedule.decay_rate=1",
+        "schedule.warmup_epochs=0.5",
+        "optim.lr=1e12",
+        "save_every=1",
+    )
     assert done.returncode == 1
     assert re.search(r"not finite at step \d+, learning rate \d", done.stderr), done.stderr
     assert "last.pt" in done.stderr
@@ -312,16 +321,16 @@ def test_a_stopped_sweep_goes_on_by_the_command_it_prints(run: Run, tmp_path: Pa
     words = [*TINY, f"data.root={tiny_data}", "optim.lr=2,4", "log_every=1"]
     assert run("train.py", "-m", *words, "hydra.sweep.dir=whole").returncode == 0
     watched = ["-m", *words, f"hydra.sweep.dir={tmp_path}/cut"]
-    stopped = stop_after(4, signal.SIGTERM, watched, tmp_path, tmp_path / "cut" / "1")
+    stopped = stop_after(4, signal.SIGTERM, watched, tmp_path, tmp_path / "cut" / "optim.lr=4")
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     command = next(line.strip() for line in stopped.stderr.splitlines() if line.startswith("  python"))
-    first = result(tmp_path / "cut" / "0")
+    first = result(tmp_path / "cut" / "optim.lr=2")
     done = run("train.py", *shlex.split(command)[2:])
     assert done.returncode == 0, done.stderr
-    for number in ("0", "1"):
-        assert_same_state(tmp_path / "whole" / number / "last.pt", tmp_path / "cut" / number / "last.pt")
-        assert rows(tmp_path / "whole" / number) == rows(tmp_path / "cut" / number)
-    assert result(tmp_path / "cut" / "0")["fps"] == first["fps"], "a finished job was measured anew"
+    for name in ("optim.lr=2", "optim.lr=4"):
+        assert_same_state(tmp_path / "whole" / name / "last.pt", tmp_path / "cut" / name / "last.pt")
+        assert rows(tmp_path / "whole" / name) == rows(tmp_path / "cut" / name)
+    assert result(tmp_path / "cut" / "optim.lr=2")["fps"] == first["fps"], "a finished job was measured anew"
 
 
 def test_a_sweep_does_not_overwrite_another(run: Run, tmp_path: Path, tiny_data: Path) -> None:
@@ -348,20 +357,21 @@ def test_a_sweep_goes_on_after_a_failed_job_and_fails_at_the_end(run: Run, tmp_p
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "100000" in done.stderr
-    statuses = [result(tmp_path / "sweep" / str(number))["status"] for number in range(4)]
+    names = [f"data.batch_size={size},optim.lr={lr}" for size in (100000, 32) for lr in (0.2, 0.4)]
+    statuses = [result(tmp_path / "sweep" / name)["status"] for name in names]
     assert statuses == ["failed", "failed", "completed", "completed"]
-    assert_same_state(tmp_path / "single" / "last.pt", tmp_path / "sweep" / "3" / "last.pt")
-    table = done.stdout[done.stdout.rindex("overrides") :]
-    best = max((2, 3), key=lambda number: result(tmp_path / "sweep" / str(number))["top1"])
+    assert_same_state(tmp_path / "single" / "last.pt", tmp_path / "sweep" / names[3] / "last.pt")
+    table = done.stdout[done.stdout.rindex("best first") :]
+    best, other = sorted(names[2:], key=lambda name: -result(tmp_path / "sweep" / name)["top1"])
     assert "failed" in table
-    assert table.index(f"│ {best} ") < table.index(f"│ {5 - best} ") < table.index("failed")
+    assert table.index(f"│ {best} ") < table.index(f"│ {other} ") < table.index("failed")
 
 
 def test_a_sweep_without_faults_exits_with_0(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     done = run("train.py", "-m", *TINY, f"data.root={tiny_data}", "epochs=1", "optim.lr=0.2,0.4")
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "multirun").glob("*/*")
-    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    assert {path.name for path in sweep.iterdir()} == {"optim.lr=0.2", "optim.lr=0.4", "multirun.yaml"}
 
 
 def test_two_runs_in_one_second_get_folders_of_their_own(tmp_path: Path, tiny_data: Path) -> None:
@@ -427,8 +437,8 @@ def test_a_missing_card_is_an_error(run: Run, tiny_data: Path, kind: str) -> Non
 @pytest.mark.parametrize("name", ["full_1p", "performance_1p", "full_8p", "performance_8p"])
 def test_the_published_experiments_run_on_a_cpu(run: Run, tmp_path: Path, image_folder: Path, name: str) -> None:
     words = [f"experiment={name}", f"data.root={image_folder}", "device=cpu", "model.width=0.1", "data.image_size=32"]
-    words += ["data.batch_size=16", "epochs=1", "schedule.cooldown_epochs=0", "hydra.run.dir=here"]
-    done = run("train.py", *words)
+    words += ["data.batch_size=16", "epochs=1", "schedule.cooldown_epochs=0", "schedule.warmup_epochs=1"]
+    done = run("train.py", *words, "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "here")["amp"] == "o2"
 
@@ -436,7 +446,7 @@ def test_the_published_experiments_run_on_a_cpu(run: Run, tmp_path: Path, image_
 @pytest.mark.parametrize("name", ["quickstart", "fashion_mnist"])
 def test_the_small_experiments_run_shortened(run: Run, tmp_path: Path, tiny_data: Path, name: str) -> None:
     words = [f"experiment={name}", f"data.root={tiny_data}", "model.width=0.1", "epochs=1", "data.batch_size=32"]
-    done = run("train.py", *words, "device=cpu", "hydra.run.dir=here")
+    done = run("train.py", *words, "schedule.warmup_epochs=1", "device=cpu", "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "here")["steps"] == 10
 

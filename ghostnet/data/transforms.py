@@ -14,7 +14,18 @@ from torch import Tensor
 
 from ghostnet.data.decode import Array, Box, Picture, Size
 from ghostnet.device import images_at_once
-from ghostnet.schema import Magnitude, NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share
+from ghostnet.schema import (
+    Magnitude,
+    NonNegative,
+    NonNegativeInt,
+    PositiveColour,
+    PositiveInt,
+    PositiveRange,
+    Probability,
+    ProbabilityColour,
+    Share,
+    ShareRange,
+)
 from ghostnet.seeding import fold_in
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
@@ -59,9 +70,9 @@ class Preprocessing:
     """Side of the square input in pixels."""
     crop: Share
     """The central crop's share of the resized shorter side, in (0, 1]: 224 px and 0.875 resize to 256 first."""
-    mean: list[Probability]
+    mean: ProbabilityColour
     """Red, green, blue, of values in [0, 1]."""
-    std: list[Positive]
+    std: PositiveColour
     interpolation: Interpolation
 
     def __post_init__(self) -> None:
@@ -110,9 +121,9 @@ def _constants(
 class Augment:
     """What happens to a training picture: random crop, flips, colour jitter, RandAugment, random erasing."""
 
-    scale: list[Share]
+    scale: ShareRange
     """Area of the random crop, as shares of the picture's: [least, most]."""
-    ratio: list[Positive]
+    ratio: PositiveRange
     """Width to height of the random crop: [least, most], drawn evenly in the logarithm."""
     hflip: Probability
     vflip: Probability

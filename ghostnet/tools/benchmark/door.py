@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ghostnet.config import Config, TrainConfig
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import check_command, groups
+from ghostnet.groups import groups
+from ghostnet.overrides import check_command
 from ghostnet.schema import did_you_mean
 from ghostnet.tools.benchmark.peers import PEERS
 
@@ -15,12 +16,14 @@ OWN = {
     "step": ("seconds",),
     "evaluate": ("ckpt", "images"),
     "start": ("timm",),
+    "sweep": (),
     "scale": ("counts",),
     "train": ("timm", "images"),
 }
 """The benchmarks, and the words that each has beside those of all."""
 COMMON = ("rounds", "json", "report", "peers")
-FORM = "python -m ghostnet.tools.benchmark {loader,step,evaluate,start,scale,train} [its words] [the words of train.py]"
+KINDS = "{loader,step,evaluate,start,sweep,scale,train}"
+FORM = f"python -m ghostnet.tools.benchmark {KINDS} [its words] [the words of train.py]"
 
 
 @dataclass
@@ -159,7 +162,7 @@ def _writable(key: str, value: str) -> Path:
 
 def _completed(benchmark: str, words: list[str]) -> list[str]:
     """The words with what the benchmark wants: synthetic data, the quickstart."""
-    if benchmark in ("step", "scale"):
+    if benchmark in ("step", "scale", "sweep"):
         return [*(word for word in words if not word.startswith(("data=", "data.root="))), "data=synthetic"]
     if benchmark == "start" and not any(word.startswith(("experiment=", "data=", "data.root=")) for word in words):
         return ["experiment=quickstart", *words]

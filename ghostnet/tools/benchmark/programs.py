@@ -1,4 +1,4 @@
-"""benchmark evaluate, train, start: whole commands of ours, and timm's for the same work on the same pictures."""
+"""benchmark evaluate, train, start, sweep: whole commands of ours, and timm's for the same work, same pictures."""
 
 import json
 import sys
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ghostnet.tools.benchmark import data
+from ghostnet.tools.benchmark.peers import absent
 from ghostnet.tools.benchmark.subject import Finished, Metrics, Subject, child, program
 from ghostnet.tools.benchmark.timm_programs import NAMES
 
-PART = ("epochs=1", "schedule.cooldown_epochs=0")
+PART = ("epochs=1", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0")
 """One epoch, whatever the command's words say."""
 
 
@@ -179,6 +180,38 @@ def start(cfg: dict[str, Any], words: list[str], timm: Path | None, peers: bool,
         subjects.append(Subject("timm's --help", lambda folder: help_of, _seconds, peer="timm", against=near.name))
     title = "timm to the first step"
     return [*subjects, _timm_train(title, cfg, timm, root, 0, against=first, until=_has_stepped)]
+
+
+JOBS = 8
+"""Of the sweeps that are measured."""
+SMALL = [
+    *("data=synthetic", "data.dataset.num_train=64", "data.dataset.num_val=64", "data.image_size=32"),
+    *("data.batch_size=32", "data.eval_batch_size=64", "model.width=0.1", *PART),
+]
+
+
+def sweep(words: list[str]) -> list[Subject]:
+    """What a job of a sweep costs beside its run: seconds of all less those of the runs, for each job."""
+
+    def read(finished: Finished) -> Metrics:
+        runs = [json.loads(path.read_text()) for path in finished.folder.glob("sweep/*/result.json")]
+        at_once = 2 if (finished.folder / "sweep" / ".slots").exists() else 1
+        beside = at_once * finished.seconds - sum(run["seconds"] for run in runs)
+        return _seconds(finished) | {"seconds": beside / len(runs), "jobs": len(runs)}
+
+    def command(folder: Path, *more: str) -> list[str]:
+        all_words = [*SMALL, *words, f"seed=range({JOBS})", f"hydra.sweep.dir={folder / 'sweep'}", *more]
+        return program("train.py", "-m", *all_words)
+
+    subjects = [Subject("a job beside its run, one process", command, read)]
+    if not absent("joblib"):
+        two = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+        subjects.append(Subject("the same, two at a time (joblib)", lambda folder: command(folder, *two), read))
+    alone = program("train.py", *SMALL, *words)
+    return [
+        *subjects,
+        Subject("train.py, the whole", lambda folder: [*alone, f"hydra.run.dir={folder / 'run'}"], _seconds),
+    ]
 
 
 def _command(name: str, words: list[str], **more: Any) -> Subject:  # noqa: ANN401 (fields of Subject)

@@ -74,7 +74,13 @@ def _on(count: int, words: list[str], batch_size: int) -> Subject:
     images = batch_size * count * STEPS
 
     def command(folder: Path) -> list[str]:
-        own = [f"device.count={count}", "epochs=1", "schedule.cooldown_epochs=0", f"hydra.run.dir={folder / 'run'}"]
+        own = [
+            f"device.count={count}",
+            "epochs=1",
+            "schedule.warmup_epochs=0",
+            "schedule.cooldown_epochs=0",
+            f"hydra.run.dir={folder / 'run'}",
+        ]
         own += [f"data.dataset.num_train={images}", f"data.dataset.num_val={count}", f"log_every={STEPS // 3}"]
         return program("train.py", *words, *own)
 

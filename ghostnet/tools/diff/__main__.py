@@ -107,7 +107,7 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _text(value: Any) -> str:  # noqa: ANN401 (a config's)
-    return value if isinstance(value, str) else rerun.word(value)
+    return value if isinstance(value, str) else rerun.as_word(value)
 
 
 def _number(value: Any) -> str:  # noqa: ANN401 (a metric)

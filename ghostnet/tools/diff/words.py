@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ghostnet import rerun
 from ghostnet.config import Config, flat, resolved, unresolved
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import check_command, groups, options
-from ghostnet.sweeps import CONF, register
+from ghostnet.groups import CONF, groups, options
+from ghostnet.overrides import check_command
+from ghostnet.sweeps import register
 
 ALONE = "hydra.mode=RUN"
 """Has an experiment that sweeps run one job."""
@@ -149,7 +150,7 @@ class _Search:
 
     def _own(self, key: str) -> str | None:
         """The word that sets one key alone; None where the target lacks it."""
-        return f"{key}={rerun.word(self.values[key])}" if key in self.values else None
+        return f"{key}={rerun.as_word(self.values[key])}" if key in self.values else None
 
     def _saves(self, word: str, left: list[str], now: list[str]) -> bool:
         """Whether a word is shorter than those that would set its keys one by one."""

@@ -17,9 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ghostnet import manual
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError, UserError, explain
-from ghostnet.overrides import CONF, check_command, quoted
+from ghostnet.overrides import check_command
+from ghostnet.words import quoted
 
 if TYPE_CHECKING:
     from ghostnet.tools.pack.writer import Part
@@ -168,7 +170,7 @@ class Progress:
 def main(words: list[str]) -> int:
     """Pack -> exit code: 0 where all is packed, 1 after a message, 128 + the signal that stopped it."""
     if {"-h", "--help"} & set(words):
-        print(f"{(__doc__ or '').strip()}\n\n{(CONF / 'pack.yaml').read_text().partition(chr(10))[2].strip()}")
+        print(manual.page("pack", __doc__ or ""))
         return 0
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, stop)

@@ -23,11 +23,13 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ghostnet import launch
+from ghostnet import jobs
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError, explain
 from ghostnet.folders import Place, settle
-from ghostnet.overrides import Checked, check_command
+from ghostnet.overrides import Checked, refuse
+from ghostnet.overrides import examine as examine_command
+from ghostnet.presence import Presence
 from ghostnet.rerun import expanded
 from ghostnet.sweeps import is_done
 from ghostnet.tools.plan import door
@@ -44,9 +46,8 @@ def plan(typed: list[str]) -> None:
     """Check, find out, print; UserError with one message."""
     own, typed_words, flag = door.split(typed)
     words = expanded(typed_words, flag)
-    checked = check_command("train", words, flag)
-    for cfg in checked.jobs:
-        launch.check_paths(cfg, trains=True)
+    checked = examine_command("train", words, flag, Presence(trains=True))
+    refuse(checked.faults)
     place = settle(checked, words)
 
     # From here on torch is needed.
@@ -216,20 +217,20 @@ def main(typed: list[str]) -> int:
     try:
         plan(typed)
     except KeyboardInterrupt:
-        launch.say("stopped, as asked.")
+        jobs.say("stopped, as asked.")
         return 130
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        launch.say(f"error: {message}")
+        jobs.say(f"error: {message}")
         return 1
     return 0
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     """End what is measured, too, where this is asked to end."""
-    launch.say(f"{signal.Signals(signum).name}: stopped.")
+    jobs.say(f"{signal.Signals(signum).name}: stopped.")
     raise SystemExit(128 + signum)
 
 

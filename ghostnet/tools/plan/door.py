@@ -10,9 +10,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ghostnet.config import Config, TrainConfig, flat
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import Checked, groups
+from ghostnet.grid import jobs_at_the_door, words_of
+from ghostnet.groups import CONF, groups
+from ghostnet.overrides import Checked
 from ghostnet.schema import did_you_mean, fields
-from ghostnet.sweeps import CONF, jobs_at_the_door, words_of
 
 OWN = ("fps", "measure", "plot", "json")
 MINUTE = 60.0

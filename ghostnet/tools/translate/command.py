@@ -8,10 +8,12 @@ from omegaconf import OmegaConf
 
 from ghostnet.config import flat, unresolved
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import check_command, quoted
-from ghostnet.sweeps import CONF, register
+from ghostnet.groups import CONF
+from ghostnet.overrides import check_command
+from ghostnet.sweeps import register
 from ghostnet.tools.translate.flags import OPTIMIZERS, OWN_OF, SCRIPTS
 from ghostnet.tools.translate.shell import UNKNOWN, Line
+from ghostnet.words import quoted
 
 NOTHING, ITSELF, NONE, WARNING, NOTE = "did nothing there", "here by itself", "no home here", "warning", "note"
 HEADINGS = {"nothing": NOTHING, "itself": ITSELF, "none": NONE}

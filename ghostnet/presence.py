@@ -1,0 +1,67 @@
+"""Whether what a job names is there: files, data, and what this machine must have for it."""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
+from ghostnet.config import Config, flat
+from ghostnet.conflicts import lacks
+from ghostnet.errors import ConfigError, UserError
+from ghostnet.folders import baseline
+from ghostnet.schema import Fault
+from ghostnet.wandb_artifact import SCHEME, located
+
+HERE = ("hydra._internal.core_plugins.basic_launcher.", "hydra_plugins.hydra_joblib_launcher.")
+"""The launchers whose jobs run on this machine."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What is wrong with a job beside its config: what it names is not there, or this machine hasn't it."""
+
+    trains: bool
+
+    def __call__(self, cfg: Config, hydra: DictConfig) -> list[Fault]:
+        """Asked before torch is loaded. Values of a wrong type are told elsewhere."""
+        values = dict(flat(cfg))
+        kinds = {"model.weights": "", "resume": " or a run folder"} if self.trains else {"ckpt": " or a run folder"}
+        found = []
+        for key, more in kinds.items():
+            path = values.get(key)
+            if path and isinstance(path, str) and path.startswith(SCHEME):
+                try:
+                    located(path)
+                except UserError as error:
+                    found.append(Fault((key,), f"{key}={error}"))
+            elif path and isinstance(path, str) and path != "auto" and not Path(path).expanduser().exists():
+                text = f"{key}={path}: {path} does not exist. Give a checkpoint file{more}."
+                found.append(Fault((key,), text))
+        if self.trains and (text := _no_data(values.get("data.dataset._target_"), values.get("data.dataset.root"))):
+            found.append(Fault(("data.root",), text, has_place=values["data.dataset.root"] is not None))
+        if self.trains and isinstance(path := values.get("baseline"), str):
+            try:
+                baseline(path)
+            except ConfigError as error:
+                found.append(Fault(("baseline",), str(error)))
+        # A cluster's or another machine's cards are not these.
+        here = str(hydra.launcher.get("_target_")).startswith(HERE)
+        return found + (lacks(values) if here else [])
+
+
+@functools.cache
+def _no_data(target: Any, root: Any) -> str:  # noqa: ANN401 (values of any config)
+    """Why a data set can't be found, '' where it can, or where that can't be told yet."""
+    with contextlib.suppress(ImportError, ValueError, TypeError):  # the config's faults name such a target
+        find = getattr(get_object(target), "find", None)
+        if find and isinstance(root, str | None):
+            try:
+                for split in ("train", "val"):
+                    find(split, root)
+            except UserError as error:
+                return str(error)
+    return ""

@@ -1,0 +1,1 @@
+"""Runs side by side: a table of them, and a page."""

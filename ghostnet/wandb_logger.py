@@ -1,0 +1,195 @@
+"""Weights & Biases: the rows of a run, by a process beside it; training goes on whatever becomes of that."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from ghostnet.errors import ConfigError
+from ghostnet.loggers import Row, RunInfo, say
+from ghostnet.schema import Positive
+from ghostnet.wandb_process import Recorder
+from ghostnet.wandb_recorder import Request
+
+ID_FILE = "wandb_id"
+FORBIDDEN = set("/\\#?%:")
+"""Characters that a project's name can't have."""
+Mode = Literal["online", "offline", "disabled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a logger group says of Weights & Biases; conf/logger/wandb.yaml explains each."""
+
+    project: str
+    mode: Mode
+    entity: str | None
+    group: str | None
+    name: str | None
+    job_type: str | None
+    tags: list[str]
+    notes: str | None
+    artifact: bool
+    timeout: float
+
+
+class Wandb:
+    """Weights & Biases: nested config, rows over `step`, the best accuracy and FPS as summary.
+
+    A resumed run goes on under the same id. Without a login or a network it records offline and says how to sync. Where
+    it fails later, that is said once, and how to send the rest at the end.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        mode: Mode,
+        entity: str | None,
+        group: str | None,
+        name: str | None,
+        job_type: str | None,
+        tags: list[str],
+        notes: str | None,
+        artifact: bool,
+        timeout: Positive,
+    ) -> None:
+        self.options = Options(project, mode, entity, group, name, job_type, tags, notes, artifact, timeout)
+        self.mode = in_force(mode)
+        self.recorder: Recorder | None = None
+        self.failed = self.ending = False
+        check(self.options, self.mode)
+
+    def start(self, run: RunInfo) -> None:
+        """Start the process that records, or goes on with, the run."""
+        if self.mode == "disabled":
+            return
+        self.folder = run.folder
+        wanted = request(run.folder, run.config, self.options, online=self.mode == "online", live=True)
+        (run.folder / ID_FILE).write_text(wanted.id + "\n")
+        self.step, self.prefix = run.step, run.prefix
+        try:
+            self.recorder = Recorder(wanted)
+        except OSError as error:
+            self._fail(f"its process can't be started: {error.strerror}")
+
+    def log(self, row: Row) -> None:
+        """The row is on its way by metrics.jsonl; what there is to say of earlier ones is said."""
+        self.step = row["step"]
+        if self.recorder is not None:
+            self._hear(self.recorder.news())
+
+    def finish(self, result: Row | None) -> None:
+        """Bring the result and wait for the end, for so long as the time limit says; say what was recorded where."""
+        self.ending = True
+        if self.recorder is not None:
+            self.recorder.end(result)
+            self._hear(self.recorder.rest(self.options.timeout))
+        if self.failed:
+            self._say(
+                "What Weights & Biases lacks is in metrics.jsonl. To send it:\n"
+                f"  python -m ghostnet.tools.wandb_sync {os.path.relpath(self.folder)}"
+            )
+
+    def _hear(self, messages: Iterator[dict[str, Any]]) -> None:
+        for message in messages:
+            event = message["event"]
+            if event == "started" and message["url"]:
+                self._say(f"wandb   {message['url']}")
+            elif event == "offline":
+                self._say(f"{message['why'][:1].upper()}{message['why'][1:]}: recording offline.")
+            elif event == "waiting":
+                self._say(f"Weights & Biases takes the rest; that is waited for at most {self.options.timeout:.0f} s.")
+            elif event == "stop":
+                # As Ctrl-C: the training ends before a step and saves.
+                self._say("Weights & Biases asks the run to stop.")
+                os.kill(os.getpid(), signal.SIGINT)
+            elif event == "done" and not message["online"]:
+                self._say(f"Weights & Biases recorded offline. To upload it: wandb sync {message['where']}")
+            elif event == "done" and message["artifact"]:
+                self._say(f"The best checkpoint is wandb://{message['artifact']}")
+            elif event == "failed":
+                self._fail(message["why"])
+
+    def _say(self, text: str) -> None:
+        say(self.prefix + text)
+
+    def _fail(self, why: str) -> None:
+        """Say it, once, and be done with Weights & Biases."""
+        goes_on = "" if self.ending else " Training goes on without it."
+        self._say(f"Weights & Biases failed at step {self.step}: {why}.{goes_on}")
+        if self.recorder is not None:
+            self.recorder.kill()
+        self.recorder, self.failed = None, True
+
+
+def in_force(mode: str) -> str:
+    """The mode, or what WANDB_MODE says instead of online: that is how clusters tell that there is no network."""
+    said = os.environ.get("WANDB_MODE", "online") if mode == "online" else mode
+    return {"dryrun": "offline", "run": "online", "shared": "online"}.get(said, said)
+
+
+def check(options: Options, mode: str) -> None:
+    """ConfigError where wandb would refuse the options, or isn't installed."""
+    if bad := FORBIDDEN & set(options.project):
+        raise ConfigError(f"logger.wandb.project={options.project}: a project's name can't have {' '.join(bad)}.")
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logger=wandb: wandb is not installed: pip install wandb, or leave logger=wandb out.")
+
+
+def request(folder: Path, config: dict[str, Any], options: Options, *, online: bool, live: bool) -> Request:
+    """What a recorder is to be told of the run in a folder.
+
+    A job of a sweep: the group is the sweep's, the name says what differs, unless the options say otherwise. Under an
+    agent of a Weights & Biases sweep the run's id and place are the agent's.
+    """
+    id_file = folder / ID_FILE
+    known = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    agent = bool(os.environ.get("WANDB_SWEEP_ID")) and live
+    sweep, differs, record = described(folder)
+    if agent and sweep:
+        raise ConfigError("logger=wandb: an agent of a W&B sweep runs one job at a time: leave out -m.")
+    wanted = {
+        "group": options.group or sweep,
+        "name": options.name or differs,
+        "job_type": options.job_type,
+        "tags": options.tags,
+        "notes": options.notes,
+        "config": config | ({"run": record} if record else {}),
+    }
+    run_id = os.environ.get("WANDB_RUN_ID", known) if agent else known
+    if not agent:  # wandb refuses them there, with a warning
+        wanted |= {"id": run_id, "project": options.project, "entity": options.entity}
+    return Request(str(folder), run_id, online, wanted, options.artifact, options.timeout, live, os.getpid())
+
+
+def described(folder: Path) -> tuple[str | None, str | None, dict[str, Any]]:
+    """(the sweep's name, what differs within it, what run.json tells) of a run; None for a single run.
+
+    Runs of before run.json are known by what Hydra wrote.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads((folder / "run.json").read_text())
+        return sweep_name(record["sweep"]), record["name"], record
+    with contextlib.suppress(OSError):
+        hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
+        if str(hydra.mode).endswith("MULTIRUN"):
+            whole = OmegaConf.load(Path(hydra.sweep.dir) / "multirun.yaml").hydra.overrides.task
+            return sweep_name(hydra.sweep.dir), ",".join(w for w in hydra.overrides.task if w not in whole), {}
+    return None, None, {}
+
+
+def sweep_name(folder: str | None) -> str | None:
+    """The name of a sweep by its folder: what stands behind multirun/, such as a name or date/time, else the last."""
+    if folder is None:
+        return None
+    parts = Path(folder).parts
+    behind = parts[len(parts) - parts[::-1].index("multirun") :] if "multirun" in parts else ()
+    return "/".join(behind or parts[-1:])

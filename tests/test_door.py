@@ -1,0 +1,394 @@
+"""The door as users meet it: every fault by whole commands, where it was set, in how much time; help and completion."""
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose
+
+from ghostnet import drivers, groups, manual, overrides
+from ghostnet.composing import Composer
+from ghostnet.config import resolved
+from ghostnet.errors import ConfigError
+from tests.conftest import REPOSITORY, environment
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The project with a conf/ that a test may add to."""
+    for name in ("train.py", "evaluate.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf", ignore=shutil.ignore_patterns("local"))
+    for name in ("ghostnet", "samples"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def told(project: Path, *words: str, program: str = "train.py", **env: str) -> tuple[list[str], float]:
+    """The faults that a command is refused for, in an empty folder that stays so, and its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, str(project / program), *words]
+    where = environment() | {"OMP_NUM_THREADS": "1"} | env
+    done = subprocess.run(command, cwd=project / "empty", env=where, capture_output=True, text=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert not list((project / "empty").iterdir())
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stderr.removeprefix("error: ").rstrip("\n").split("\n       "), seconds
+
+
+COMMAND = "Set by the command."
+QUICK = "experiment=quickstart"
+LISTED = {
+    "unknown key": (["optim.lrr=1"], ["optim.lrr: no such key. Did you mean optim.lr?", COMMAND]),
+    "unknown key at the top": (["epoch=1"], ["epoch: no such key. Did you mean epochs?"]),
+    "wrong type": (["optim.lr=abc"], ["optim.lr=abc: must be a number > 0.", COMMAND]),
+    "negative epochs": (["epochs=-1"], ["epochs=-1: must be a whole number >= 1."]),
+    "width 0": (["model.width=0"], ["model.width=0: must be a number > 0."]),
+    "a range upside down": (["data.augment.scale=[1,0.1]"], ["[least, most]"]),
+    "two colours": (["data.preprocessing.std=[1,1]"], ["[red, green, blue]"]),
+    "warm-up too long": (
+        ["schedule.warmup_epochs=11"],
+        ["schedule.warmup_epochs=11: the warm-up is longer", "epochs=10", "quickstart.yaml, line 9."],
+    ),
+    "+typo": (["+typo=1"], ["typo: no such key."]),
+    "++typo": (["++modle.width=1"], ["modle.width: no such key. Did you mean model.width?"]),
+    "+ of what is there": (["+optim.lr=1"], ["optim.lr is there already. Leave the + out."]),
+    "deleted": (["~optim.momentum"], ["optim.momentum: missing. It must be a number in [0, 1).", COMMAND]),
+    "deleted top": (["~epochs"], ["epochs: missing. It must be a whole number >= 1."]),
+    "deleted group": (["~amp"], ["~amp: train can't do without. There are: apex, bf16"]),
+    "group option": (["amp=o3"], ["amp=o3: no such option. Did you mean o2? There are: apex, bf16, fp16, none, o2."]),
+    "of several": (["experiment=[quickstart,ful_8p]"], ["experiment=ful_8p: no such option. Did you mean full_8p?"]),
+    "two options": (["optim=[sgd,adamw]"], ["one option at a time", "-m optim=sgd,adamw"]),
+    "+ of a group": (["+amp=o2"], ["leave the + out, amp=o2"]),
+    "launcher": (["hydra/launcher=jolib"], ["hydra/launcher=jolib: no such option. Did you mean joblib?"]),
+    "group of Hydra": (["hydra/lancher=basic"], ["hydra/lancher: no such group. Did you mean hydra/launcher?"]),
+    "key of Hydra": (["hydra.run.dri=a"], ["hydra.run.dri: no such key. Did you mean hydra.run.dir?"]),
+    "type of Hydra": (["hydra.job.chdir=maybe"], ["hydra.job.chdir=maybe: ", "bool"]),
+    "no epochs": (["epochs=0"], ["epochs=0: must be a whole number >= 1."]),
+    "null epochs": (["epochs=null"], ["epochs=null: must be a whole number >= 1."]),
+    "no decay": (["schedule=step"], ["schedule.decay_epochs=30: the training ends before the first decay, epochs=10."]),
+    "decay 0": (["schedule=step", "schedule.decay_epochs=0"], ["schedule.decay_epochs=0: must be a whole number >= 1"]),
+    "nesterov": (["optim.nesterov=true", "optim.momentum=0"], ["optim.nesterov=true: needs a momentum"]),
+    "batch of one": (["data.batch_size=1"], ["data.batch_size=1: at data.image_size=32 the last BatchNorm"]),
+    "batch too large": (
+        ["data=synthetic", "data.dataset.num_train=100", "data.batch_size=64", "accumulate=2"],
+        ["a step takes 128 images", "there are 100 to train on"],
+    ),
+    "classes": (["data=synthetic", "model.num_classes=10"], ["model.num_classes=10: the data have 1000 classes."]),
+    "cards": (["device.ids=[0,1]"], ["device.ids=[0, 1]: names 2 cards, but device.count is 1."]),
+    "sync_bn": (["sync_bn=true", "device=cpu"], ["sync_bn=true: torch's SyncBatchNorm needs cards."]),
+    "compile": (["compile=true", "amp=apex"], ["compile=true: apex changes the model"]),
+    "apex": (["amp=apex"], ["amp=apex: Ascend's apex is not installed", "amp=o2 does the same"]),
+    "weights": (["model.weights=no.pth"], ["model.weights=no.pth: no.pth does not exist."]),
+    "baseline": (["baseline=no"], ["baseline=no: no is no result.json"]),
+    "resume": (["resume=no"], ["resume=no: no does not exist. Give a checkpoint file or a run folder."]),
+    "data": (["data=imagefolder", "data.root=/no"], ["data.root=/no does not exist."]),
+    "reference to nothing": (
+        ["data.root=${nothing.here}"],
+        ["data.root=${nothing.here}: Interpolation key 'nothing.here' not found."],
+    ),
+    "several values": (["optim.lr=1,2"], ["optim.lr=1,2: several values.", "train.py -m "]),
+    "no word": (["epochs"], ["'epochs' is not of the form key=value"]),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_fault_is_one_line_with_the_way_out_within_a_second_and_leaves_nothing(project: Path, name: str) -> None:
+    words, parts = LISTED[name]
+    (line, *more), seconds = told(project, QUICK, *words)
+    assert all(part in line for part in parts), line
+    assert len(more) == (name == "compile")  # without apex
+    assert seconds < 1
+
+
+MINE = """\
+# @package _global_
+# An experiment with faults.
+defaults:
+  - override /optim: sgdd
+  - override /data: samples
+epochs: 0
+model:
+  widht: 1.0
+device:
+  batch_size: no
+schedule: {warmup_epochs: -1}
+"""
+
+
+def test_faults_of_files_name_the_file_and_the_line(project: Path) -> None:
+    mine = project / "conf" / "experiment" / "mine.yaml"
+    mine.write_text(MINE)
+    lines, _ = told(project, "experiment=mine")
+    assert lines[0].startswith(
+        "optim=sgdd: no such option. Did you mean sgd? There are: adamw, fused_sgd, rmsprop, sgd."
+    )
+    assert lines[0].endswith("Set by conf/experiment/mine.yaml, line 4.")
+    mine.write_text(MINE.replace("sgdd", "sgd"))
+    lines, _ = told(project, "experiment=mine", "optim.momentum=1")
+    assert sorted(lines) == [
+        "device.batch_size=false: must be a whole number >= 1. Set by conf/experiment/mine.yaml, line 10.",
+        "epochs=0: must be a whole number >= 1. Set by conf/experiment/mine.yaml, line 6.",
+        "model.widht: no such key. Did you mean model.width? Known here: num_classes, width, dropout, weights, freeze. "
+        "Set by conf/experiment/mine.yaml, line 8.",
+        "optim.momentum=1: must be a number in [0, 1). Set by the command.",
+        "schedule.warmup_epochs=-1: must be a number >= 0. Set by conf/experiment/mine.yaml, line 11.",
+    ]
+
+
+def test_a_file_of_this_machine_is_named_too_and_the_command_goes_before_it(project: Path) -> None:
+    (project / "conf" / "local").mkdir()
+    local = project / "conf" / "local" / "default.yaml"
+    local.write_text("# @package _global_\ndata:\n  root: /nowhere\n")
+    lines, _ = told(project)
+    assert lines == [
+        "data.root=/nowhere does not exist. Looked for /nowhere/train/<class>/*.jpg|jpeg|png|webp. "
+        "Set by conf/local/default.yaml, line 3."
+    ]
+    lines, _ = told(project, "data.root=/no")
+    assert lines[0].endswith(COMMAND)
+
+
+def test_a_file_that_is_no_yaml_is_told_with_its_line_beside_other_faults(project: Path) -> None:
+    (project / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nepochs: 3\n  seed: 4\n")
+    lines, _ = told(project, "experiment=mine", "optim.lrr=1")
+    assert any("mine.yaml, line 3: mapping values are not allowed here." in line for line in lines)
+    assert any(line.startswith("optim.lrr: no such key.") for line in lines)
+
+
+def test_a_value_that_only_repeats_a_faulty_one_is_not_told_twice(project: Path) -> None:
+    lines, _ = told(project, "data=synthetic", "device.batch_size=0", "data.image_size=0")
+    assert [line.partition(":")[0] for line in lines] == ["data.image_size=0", "device.batch_size=0"]
+
+
+def test_all_faults_of_a_command_come_at_once_whatever_their_kind(project: Path) -> None:
+    words = ["optim.lr=[", "optim.lrr=1", "epochs=0", "amp=o3", "+typo=1", "data.root=/no", "baseline=no"]
+    words += ["model.weights=no.pth", "hydra/launcher=jolib", "hydra.run.dri=a", "sync_bn=true", "device=cpu"]
+    words += ["resume=auto", "data.root=/no", "optim.nesterov=true", "optim.momentum=0"]
+    lines, seconds = told(project, *words)
+    for part in ("'optim.lr=['", "optim.lrr:", "epochs=0:", "amp=o3:", "typo:", "data.root=/no ", "baseline=no:"):
+        assert sum(line.startswith(part) for line in lines) == 1, part
+    for part in ("model.weights=no.pth:", "hydra/launcher=jolib:", "hydra.run.dri:", "sync_bn=true:", "resume=auto "):
+        assert sum(line.startswith(part) for line in lines) == 1, part
+    assert len(lines) == 13
+    assert seconds < 1.5
+
+
+def test_a_sweep_tells_each_fault_once_with_its_jobs_before_the_first_starts(project: Path) -> None:
+    words = ["optim.lr=0.1,abc", "seed=1,2,3", "schedule=cosine,step", "epochs=10,40", "model.weights=no.pth"]
+    lines, _ = told(project, "-m", QUICK, *words)
+    assert lines == [
+        "model.weights=no.pth: no.pth does not exist. Give a checkpoint file. Set by the command.",
+        "schedule.decay_epochs=30: the training ends before the first decay, epochs=10. Give fewer "
+        "schedule.decay_epochs, or schedule.decay_rate=1 for a rate that stays. Set by conf/schedule/step.yaml, line 8 "
+        "and the command. In 6 of 24 jobs: those with schedule=step epochs=10.",
+        "optim.lr=abc: must be a number > 0. Set by the command.",
+    ]
+    lines, _ = told(
+        project, "-m", QUICK, "model=ghostnet_050,ghostnet_51", "experiment=quickstart,nothing", "amp=o2,o3"
+    )
+    assert [line.partition(":")[0] for line in lines] == ["amp=o3", "model=ghostnet_51", "experiment=nothing"]
+
+
+def test_a_hundred_jobs_are_checked_in_a_second(project: Path) -> None:
+    lines, seconds = told(project, "-m", QUICK, "optim.lr=range(0.1,1.1,0.1)", "seed=range(10)", "epochs=0")
+    assert len(lines) == 1
+    assert seconds < 1.5
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    words = [QUICK, "optim.lr=range(0.1,1.1,0.1)", "seed=range(10)", "amp=none,bf16"]
+    assert len(overrides.check_command("train", words, multirun=True).jobs) == 220
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["optim.lr=0.1", "model=ghostnet_130", "model.width=2"],
+        [QUICK, "data.augment.scale=[0.5,1]", "data.image_size=64", "device.batch_size=3", "data=synthetic"],
+        ["logger=wandb", "logger.wandb.tags=[a,b]", "device=npu_8p", "amp=fp16", "data.root='a b'"],
+        ["device=npu_8p", "hydra.run.dir=x", "++epochs=7", "data.preprocessing.mean=[0,0,0.5]", "seed=1", "seed=2"],
+        ["experiment=full_8p", "device=cpu", "data.dataset.root=${data.root}", "data.root=/x"],
+    ],
+    ids=str,
+)
+def test_jobs_are_composed_as_hydra_composes_them(words: list[str]) -> None:
+    with overrides._hydra():
+        composer = Composer("train")
+        for _ in range(2):  # the second is made of what the first has composed
+            assert composer.job(words).config == resolved(compose("train", overrides=words))
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--epochs", "3"], ["--epochs: no such flag. Settings are given without dashes: epochs=…"]),
+        (["--warmup-epochs=3"], ["Settings are given without dashes: schedule.warmup_epochs=…"]),
+        (["--lr=3"], ["optim.lr=…"]),
+        (["--multirunn"], ["Did you mean --multirun?"]),
+        (["--cfg", "foo"], ["invalid choice: 'foo'"]),
+        (["-m", "--cfg", "job"], ["leave -m out"]),
+        (["--config-dir", "/tmp"], ["conf/experiment/NAME.yaml"]),
+        (["seed=1", "--cfg", "job", "seed=2"], ["seed=2: words stand together"]),
+    ],
+    ids=str,
+)
+def test_a_flag_that_is_none_is_told_with_what_was_meant(project: Path, flags: list[str], parts: list[str]) -> None:
+    (line,), _ = told(project, *flags)
+    assert all(part in line for part in parts), line
+
+
+CUDA = """
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDeviceGetName(char *name, int length, int device) {
+    strncpy(name, device ? "Tesla V100" : "A100", length); return 0;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 75 ? (device ? 7 : 8) : 0; return attribute == 75 || attribute == 76 ? 0 : 1;
+}
+"""
+
+
+def test_bf16_on_a_cuda_card_without_it_is_told_at_the_door_by_the_driver(project: Path) -> None:
+    (project / "cuda.c").write_text(CUDA)
+    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", "-o", "libcuda.so.1", "cuda.c"], cwd=project, check=True)
+    words = [QUICK, "amp=bf16", "device=cuda_1p", "epochs=0"]
+    lines, seconds = told(project, *words, "device.ids=[1]", LD_LIBRARY_PATH=str(project))
+    assert [line.partition(":")[0] for line in lines] == ["epochs=0", "amp=bf16"]
+    assert "card 1 (Tesla V100, compute capability 7.0) has no bfloat16. Give amp=fp16 or amp=o2" in lines[1]
+    assert seconds < 1
+    lines, _ = told(project, *words, "device.ids=[0]", LD_LIBRARY_PATH=str(project))
+    assert len(lines) == 1
+    # On a cluster other cards than these do the work.
+    cluster = "hydra.launcher._target_=hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    lines, _ = told(project, *words, "device.ids=[1]", cluster, LD_LIBRARY_PATH=str(project))
+    assert [line.partition(":")[0] for line in lines] == ["epochs=0", "amp=bf16"][: len(lines)]
+
+
+def test_bf16_on_a_first_ascend_card_is_told_by_its_pci_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, device in (("0000:01:00.0", "0xd801"), ("0000:02:00.0", "0xd802"), ("0000:03:00.0", "0x1111")):
+        (tmp_path / address).mkdir()
+        facts = {"vendor": "0x19e5", "device": device, "class": "0x120000" if device != "0x1111" else "0x020000"}
+        for name, text in facts.items():
+            (tmp_path / address / name).write_text(f"{text}\n")
+    monkeypatch.setattr(drivers, "PCI", tmp_path)
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    assert drivers.card_without_bf16("npu", [0, 1]) == "Ascend 910A"
+    assert drivers.card_without_bf16("npu", [1, 2]) is None
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "1,0")
+    assert drivers.card_without_bf16("npu", [0]) is None
+    assert drivers.card_without_bf16("npu", [1]) == "Ascend 910A"
+    assert drivers.card_without_bf16("cpu", [0]) is None
+
+
+def test_every_key_of_the_config_says_what_it_is() -> None:
+    files = [path for path in groups.CONF.rglob("*.yaml") if path.parent.name not in ("experiment", "local")]
+    files.remove(groups.CONF / "wandb_sweep.yaml")  # of W&B's server, not of a command
+    silent = [
+        f"{path.relative_to(groups.CONF)}, line {line.number}: {key}"
+        for path in files
+        for key, line in groups.lines(path).items()
+        if line.value is not None and not line.comment and not key.startswith("hydra.")
+        # Which are not a command's to set: what is built, and what only repeats another key.
+        if not key.endswith("_target_") and not line.value.startswith("${")
+    ]
+    assert not silent
+    assert len(files) > 25
+
+
+def help_of(*words: str) -> tuple[str, str, float]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command = [sys.executable, "-X", "importtime", *words]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_help_is_a_page_with_every_group_option_and_value(name: str) -> None:
+    page, imports, seconds = help_of(f"{name}.py", "--help")
+    assert f"  python {name}.py " in page
+    assert max(map(len, page.splitlines())) <= 120
+    taken = manual._chosen(name, [])
+    assert {"model", "data", "amp", "device"} <= set(taken)
+    for group, option in taken.items():
+        for each in groups.options(group):
+            said = groups.heading(group, each)
+            assert re.search(rf"^ +({group} +)?{'[*] ' if each == option else ''}{each}\b", page, re.M), each
+            assert " ".join(said.split()[:4]) in page
+        if option in ("", "basic"):  # none, or Hydra's own
+            continue
+        for key, line in groups.lines(groups.CONF / group / f"{option}.yaml").items():
+            assert line.value is None or not line.comment or f"  {group}.{key}={line.value}" in page
+    for key, line in groups.lines(groups.CONF / f"{name}.yaml").items():
+        assert key.startswith("hydra") or f"  {key}={line.value} " in page
+    assert not re.search(r"\| +(torch|numpy|wandb)$", imports, re.M)
+    assert seconds < 0.5
+
+
+def test_help_shows_the_values_of_the_options_that_a_command_chooses() -> None:
+    page, _, _ = help_of("train.py", QUICK, "optim=adamw", "--help")
+    assert "  optim.betas=[0.9, 0.999]" in page
+    assert "of data=samples:" in page
+    assert "of experiment=quickstart, in place of those above:\n  epochs=10" in page
+
+
+def test_hydras_own_questions_are_answered() -> None:
+    assert "== Flags ==" in help_of("train.py", "--hydra-help")[0]
+    assert "epochs: 3\n" in help_of("train.py", "epochs=3", "schedule.warmup_epochs=1", "--cfg", "job")[0]
+    assert "Installed Hydra Plugins" in help_of("train.py", "--info", "plugins")[0]
+
+
+def completed(line: str) -> list[str]:
+    """What bash offers for the last word of a line."""
+    script = 'eval "$(python train.py --shell-completion install=bash)"\nCOMP_LINE="$1"; COMP_POINT=${#1}\n'
+    script += 'COMP_WORDS=($1); COMP_CWORD=$2\nhydra_bash_completion\nprintf "%s\\n" "${COMPREPLY[@]}"\n'
+    where = environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    count = len(line.split()) - (0 if line.endswith(" ") else 1)
+    command = ["bash", "-c", script, "bash", line, str(count)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=where, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("python train.py opt", ["optim.", "optim="]),
+        ("python train.py optim=", ["optim=adamw", "optim=fused_sgd", "optim=rmsprop", "optim=sgd"]),
+        ("python train.py optim=adamw optim.be", ["optim.betas."]),
+        ("python train.py -m seed=1,2 epo", ["epochs="]),
+        ("python train.py experiment=qu", ["experiment=quickstart"]),
+        ("python train.py experiment=quickstart data.augment.h", ["data.augment.hflip="]),
+        ("python evaluate.py ck", ["ckpt="]),
+        ("python train.py data.root=./sam", ["data.root=./samples"]),
+    ],
+)
+def test_the_shell_completes_groups_options_keys_and_paths(line: str, offered: list[str]) -> None:
+    assert completed(line) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_completion_installs_in_every_shell_and_answers_without_torch(shell: str, tmp_path: Path) -> None:
+    script, imports, seconds = help_of("train.py", "--shell-completion", f"install={shell}")
+    assert "hydra" in script
+    assert not re.search(r"\| +torch$", imports, re.M)
+    assert seconds < 0.5
+
+
+def test_an_error_is_raised_once_for_a_library_call_too() -> None:
+    with pytest.raises(ConfigError, match=r"epochs=0: must be a whole number >= 1\. Set by the command\.$"):
+        overrides.check_command("train", ["epochs=0"], multirun=False)
