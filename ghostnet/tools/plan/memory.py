@@ -92,7 +92,8 @@ def of_evaluation(model: nn.Module, amp: Amp, image_size: int, batch_size: int) 
 
 def _scaled(passes: Callable[[Tensor, Tensor], None], image_size: int, batch_size: int, kind: str) -> int:
     most = max(2, min(batch_size, round(PIXELS / image_size**2)))
-    counts, peaks = (most // 2, most), []
+    counts = most // 2, most
+    peaks: list[int] = []
     for count in counts:
         pixels = torch.zeros(count, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
         with _layers_of(kind), Watch() as watch:
