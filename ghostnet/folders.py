@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.config import Config, check_same_run, same_experiment, unresolved
+from ghostnet.config import Config, check_same_run, flat, same_experiment, unresolved
 from ghostnet.errors import ConfigError
 from ghostnet.overrides import Checked
 
@@ -65,9 +65,10 @@ def settle(checked: Checked, words: Sequence[str]) -> Place:
                 "give the run another hydra.run.dir."
             )
         given = True
-    for name, job in zip(checked.names, checked.jobs, strict=True):
-        if name or not multirun:
-            check_resume(folder / name, job)
+    if multirun and given:
+        _check_settings(checked, folder, key)
+    if not multirun:
+        check_resume(folder, checked.jobs[0])
     return Place(key, folder, given)
 
 
@@ -84,16 +85,27 @@ def _sweep(checked: Checked, words: Sequence[str], name: str) -> Place:
     if given := [word for word in words if word.lstrip("+").startswith(("hydra.sweep.dir=", "resume="))]:
         raise ConfigError(f"{given[0]}: with sweep={name} the folder is multirun/{name}, and it goes on by itself.")
     folder = Path("multirun") / name
+    _check_settings(checked, folder, f"sweep={name}")
+    return Place("hydra.sweep.dir", folder, given=True)
+
+
+def _check_settings(checked: Checked, folder: Path, what: str) -> None:
+    """ConfigError where a sweep's folder holds jobs of it that were trained with other settings."""
     wrong = []
-    for job_name, job in zip(checked.names, checked.jobs, strict=True):
-        if job_name and (saved := saved_config(folder / job_name)):
-            wrong += [f"{job_name}: {line}" for line in same_experiment(saved, job)]
+    for name, job in zip(checked.names, checked.jobs, strict=True):
+        if name and (saved := saved_config(folder / name)):
+            wrong += [f"{name}: {line}" for line in same_experiment(saved, job)]
+    if not any(checked.names):  # a search: any trial, but for what is searched
+        leaves = [dict(flat(job)) for job in checked.jobs]
+        searched = {key for key in leaves[0] if len({repr(each.get(key)) for each in leaves}) > 1}
+        for trial in sorted(folder.glob("*/config.yaml"))[:1]:
+            lines = same_experiment(saved_config(trial.parent), checked.jobs[0])
+            wrong += [f"{trial.parent.name}: {line}" for line in lines if line.partition(" was ")[0] not in searched]
     if wrong:
         raise ConfigError(
-            f"sweep={name}: {folder} holds these jobs with other settings: {'; '.join(wrong[:4])}"
+            f"{what}: {folder} holds jobs with other settings: {'; '.join(wrong[:4])}"
             f"{'; …' if len(wrong) > 4 else ''}. Give the settings again, or another name."
         )
-    return Place("hydra.sweep.dir", folder, given=True)
 
 
 def claim(place: Place) -> Path:

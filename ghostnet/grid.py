@@ -48,7 +48,8 @@ def grid(parsed: Iterable[Override]) -> list[SweepJob]:
             else [override.get_value_element_as_str()]
         )
         (swept.add if several else swept.discard)(key)
-    jobs = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+    combinations = dict.fromkeys(itertools.product(*values.values()))  # a value that is given twice is one job
+    jobs = [dict(zip(values, combination, strict=True)) for combination in combinations]
     return [
         SweepJob(job_name({k: v for k, v in job.items() if k in swept}), [f"{k}={v}" for k, v in job.items()])
         for job in jobs

@@ -95,6 +95,8 @@ def _guarded(job: Job, run: Run, sweep: bool) -> float | None:
     folder = job.folder
     try:
         with record.locked(folder):
+            if sweep and record.is_done(folder):  # by another command meanwhile
+                return float(record.result(folder)["top1"])
             return _recorded(job, run, sweep)
     except Interrupted as stop:
         say(f"{job.prefix}{stop}: {folder / 'last.pt'} is saved. To go on:\n  {going_on(folder)}")

@@ -14,7 +14,7 @@ from ghostnet.errors import ConfigError, PeerFailed, UserError, explain
 from ghostnet.flags import arguments
 from ghostnet.folders import Place, claim, settle
 from ghostnet.grid import OPTUNA
-from ghostnet.jobs import Run, entered, failed, say, terminated, there
+from ghostnet.jobs import Run, command_line, entered, failed, say, terminated, there
 from ghostnet.overrides import Checked, examine, refuse
 from ghostnet.presence import Presence
 from ghostnet.rerun import expanded
@@ -71,13 +71,31 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     finally:
         if folder is not None and checked.multirun:
             print_table(folder)
-            jobs = [folder / name for name in checked.names if name] or list(folder.iterdir())
-            code = code or any(record.status(job) == "failed" for job in jobs)
+            code = code or tell_unfinished(folder, checked)
     if ranks is not None and not failed:
         ranks.share(None)
         ranks.leave()
     if code or failed:
         sys.exit(1)
+
+
+def tell_unfinished(folder: Path, checked: Checked) -> int:
+    """Say which jobs of a sweep are not done, and how they are -> 1 if there are any."""
+    named = [name for name in checked.names if name]
+    names = named or [path.parent.name for path in folder.glob("*/config.yaml")]
+    left = [name for name in names if not record.is_done(folder / name)]
+    if not left:
+        return 0
+    words = workers.typed()[1:]
+    if not checked.jobs[0]["sweep"]:
+        others = [word for word in words if not word.startswith(("resume=", "hydra.sweep.dir="))]
+        words = [*others, f"hydra.sweep.dir={quoted(folder)}", "resume=auto"]
+    shown = ", ".join(f"{name} ({record.status(folder / name)})" for name in left[:5])
+    say(
+        f"{len(left)} of {len(names)} jobs are not done: {shown}{', …' if len(left) > 5 else ''}. To go on:\n"
+        f"  {command_line(words)}"
+    )
+    return 1
 
 
 def _of_sweep(checked: Checked) -> list[str]:

@@ -85,11 +85,14 @@ def examine(name: str, overrides: Sequence[str], multirun: bool, look: Look = la
 
 def _sweep_config(name: str, words: Sequence[Override]) -> DictConfig | None:
     """Hydra's config, on which it depends whether and how a command sweeps; None where it has faults."""
-    chosen = [o.input_line or "" for o in words if o.key_or_group in OPTIONAL or o.key_or_group.startswith("hydra")]
-    try:
-        return DictConfig(compose(name, overrides=chosen, return_hydra_config=True).hydra)
-    except ERRORS:
-        return None
+    choices = [o.input_line or "" for o in words if o.key_or_group in OPTIONAL or o.key_or_group.startswith("hydra/")]
+    values = [o.input_line or "" for o in words if o.key_or_group.startswith("hydra.")]
+    for chosen in ([*choices, *values], choices):  # faulty values are told later
+        try:
+            return DictConfig(compose(name, overrides=chosen, return_hydra_config=True).hydra)
+        except ERRORS:
+            continue
+    return None
 
 
 def by_jobs(jobs: Sequence[Sequence[str]], faults: Sequence[Sequence[str]]) -> list[str]:

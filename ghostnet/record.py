@@ -56,6 +56,11 @@ def result(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a run came to its end, by itself or by being pruned."""
+    return result(folder).get("status") in ("completed", "pruned")
+
+
 def status(folder: Path) -> str:
     """completed, pruned or failed, as the run told; else running, where a process trains in it, or cut off."""
     return "running" if is_locked(folder) else str(result(folder).get("status", "cut off"))
@@ -119,7 +124,9 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(f"{folder}: another process trains here ({file.read().strip() or 'unknown'}).") from None
+            raise ConfigError(
+                f"{folder}: another process is at work here ({file.read().strip() or 'unknown'})."
+            ) from None
         except OSError:  # a file system without locks
             yield
             return

@@ -42,6 +42,7 @@ def expanded(words: list[str], multirun: bool) -> list[str]:
     mine = set(given_keys([word for word in words if word not in given]))
     theirs = [w for w in own_words([str(w) for w in OmegaConf.load(overrides)]) if not mine & set(given_keys([w]))]
     theirs += _changed(saved, theirs, mine, text)
+    words = [word for word in words if word not in given] + [f"rerun={quoted(text)}"]
     mode = [] if multirun else ["hydra.mode=RUN"]  # the run may be one job of an experiment that sweeps
     return [*theirs, *mode, *words]
 

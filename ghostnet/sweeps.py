@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,20 @@ from ghostnet import record, workers
 from ghostnet.errors import ConfigError
 from ghostnet.grid import OPTUNA, SweepJob, grid, words_of
 from ghostnet.groups import CONF
+from ghostnet.schema import Fault, NonNegativeInt, PositiveInt, fields, signature
+from ghostnet.schema import faults as schema_faults
 from ghostnet.words import quoted
 
+JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+@dataclass
+class Joblib:
+    """The keys of joblib's launcher that have a type here."""
+
+    n_jobs: PositiveInt | None
+    verbose: NonNegativeInt
 
 
 def register() -> None:
@@ -35,7 +47,7 @@ def register() -> None:
 
 def plugin_faults(hydra: DictConfig) -> list[str]:
     """Which launcher or sweeper that a command names is not installed, and how it is."""
-    faults = []
+    faults = _values(hydra)
     for key in ("launcher", "sweeper"):
         target = str((hydra.get(key) or {}).get("_target_", BASIC))
         module = "optuna" if target == OPTUNA else ".".join(target.split(".")[:2])
@@ -47,6 +59,26 @@ def plugin_faults(hydra: DictConfig) -> list[str]:
             file = "requirements-ray.txt" if "ray" in module else "requirements-sweeps.txt"
             faults.append(f"hydra/{key}: {module} is not installed: pip install -r {file}")
     return faults
+
+
+def _values(hydra: DictConfig) -> list[str]:
+    """What is wrong with the values of our sweepers, and of joblib's launcher; others check their own."""
+    known = {
+        BASIC: ("sweeper", signature("ghostnet.sweeps.Grid")),
+        OPTUNA: ("sweeper", signature("ghostnet.sweeps.Search")),
+        JOBLIB: ("launcher", fields(Joblib)),
+    }
+    found: list[Fault] = []
+    for key in ("sweeper", "launcher"):
+        node = OmegaConf.to_container(hydra[key]) if hydra.get(key) else {}
+        assert isinstance(node, dict)
+        where, parameters = known.get(str(node.get("_target_")), ("", {}))
+        if where == key:
+            # Interpolations such as ${seed} are the config's.
+            given = {str(k): v for k, v in node.items() if "${" not in str(v)}
+            there = {name: parameter for name, parameter in parameters.items() if name in given}
+            found += schema_faults(given, there, f"hydra.{key}.")
+    return [fault.text for fault in found]
 
 
 class _Sweep(Sweeper):
@@ -77,14 +109,18 @@ class _Sweep(Sweeper):
     def launch(self, jobs: Sequence[SweepJob]) -> None:
         """Run jobs, each in its folder, by the launcher that the command names, and come back when they ended."""
         words = [[*job.words, f"hydra.sweep.subdir={quoted(job.name)}"] for job in jobs]
-        if self.launcher.__class__.__name__ != "BasicLauncher":
+        choice = self.config.hydra.runtime.choices["hydra/launcher"]
+        if choice != "basic":
             print(f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'} in {self.folder}", flush=True)
         with workers.passed_on() if workers.is_joblib(self.config.hydra) else contextlib.nullcontext():
             try:
                 returned = self.launcher.launch(words, initial_job_idx=0)
-            except (OSError, RuntimeError) as error:  # no cluster, no Slurm
-                choice = self.config.hydra.runtime.choices["hydra/launcher"]
+            except (OSError, RuntimeError) as error:  # no cluster, no Slurm, a worker that was killed
                 raise ConfigError(f"hydra/launcher={choice}: {' '.join(str(error).split())}") from None
+            except (SystemExit, KeyboardInterrupt):
+                if choice not in ("basic", "joblib"):
+                    print(f"What was handed to {choice} may go on without this command.", file=sys.stderr, flush=True)
+                raise
         for job in returned:
             _ = job.return_value  # raises what no job catches
 
@@ -93,7 +129,8 @@ class _Sweep(Sweeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
         try:
-            self.run(self.parsed(arguments))
+            with record.locked(self.folder):
+                self.run(self.parsed(arguments))
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
@@ -106,14 +143,14 @@ class _Sweep(Sweeper):
 class Grid(_Sweep):
     """Hydra's basic sweeper with folders that are named by what differs; jobs that are done are not done again."""
 
-    def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None) -> None:
+    def __init__(self, max_batch_size: PositiveInt | None = None, params: dict[str, str] | None = None) -> None:
         """max_batch_size: jobs that are handed to the launcher at a time; null: all."""
         self.max_batch_size, self.params = max_batch_size, dict(params or {})
 
     def run(self, parsed: list[Override]) -> None:
         """Run what is not done of all jobs."""
         jobs = grid(parsed)
-        todo = [job for job in jobs if not is_done(self.folder / job.name)]
+        todo = [job for job in jobs if not record.is_done(self.folder / job.name)]
         if len(todo) < len(jobs):
             print(f"{len(jobs) - len(todo)} of {len(jobs)} jobs are done already.", flush=True)
         size = self.max_batch_size or max(1, len(todo))
@@ -121,19 +158,14 @@ class Grid(_Sweep):
             self.launch(todo[start : start + size])
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a job came to its end, by itself or by being pruned."""
-    return record.result(folder).get("status") in ("completed", "pruned")
-
-
 class Search(_Sweep):
     """hydra/sweeper=optuna: n_trials trials in all, over restarts; their state lies in the sweep's folder."""
 
     def __init__(
         self,
-        n_trials: int,
-        n_jobs: int,
-        startup_trials: int,
+        n_trials: PositiveInt,
+        n_jobs: PositiveInt,
+        startup_trials: NonNegativeInt,
         prune: bool,
         seed: int,
         storage: str | None,

