@@ -75,7 +75,7 @@ def _values(hydra: DictConfig) -> list[str]:
         where, parameters = known.get(str(node.get("_target_")), ("", {}))
         if where == key:
             # Interpolations such as ${seed} are the config's.
-            given = {str(k): v for k, v in node.items() if "${" not in str(v)}
+            given = {str(k): v for k, v in node.items() if k in parameters and "${" not in str(v)}
             there = {name: parameter for name, parameter in parameters.items() if name in given}
             found += schema_faults(given, there, f"hydra.{key}.")
     return [fault.text for fault in found]

@@ -104,6 +104,10 @@ def test_a_name_tells_what_differs_and_stays_when_values_are_added():
     assert grid.grid(parsed("optim.lr=1,8", "epochs=2"))[0].name == JOBS[0]
 
 
+def test_a_value_that_is_given_twice_is_one_job():
+    assert [job.name for job in grid.grid(parsed("optim.lr=1,1,2"))] == JOBS[:2]
+
+
 def test_names_that_a_file_system_can_not_have_are_kept_apart():
     a, b = grid.job_name({"data.root": "/a/b"}), grid.job_name({"data.root": "_a_b"})
     assert a != b
@@ -129,6 +133,12 @@ def test_a_repeated_sweep_does_what_is_not_done(run, tmp_path, tiny_data):
     assert "optim.lr=1: optim.momentum was 0.9, is 0.5" in other.stderr
     assert (sweep / "optim.lr=1" / "result.json").read_bytes() == first
     assert run("train.py", *words, "optim.lr=1,2", "log_every=3", "data.workers=2").returncode == 0
+    (sweep / "optim.lr=2" / "result.json").unlink()
+    with record.locked(sweep / "optim.lr=2"):
+        busy = run("train.py", *words, "optim.lr=1,2")
+    assert busy.returncode == 1, "a sweep with jobs that are not done is no success"
+    assert "1 of 2 jobs are not done: optim.lr=2" in busy.stderr
+    assert "python train.py -m" in busy.stderr.split("To go on:")[1]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +154,13 @@ def test_a_repeated_sweep_does_what_is_not_done(run, tmp_path, tiny_data):
         (["-m", "hydra/sweeper=optuna", "optim.lr=interval(-1,1)"], "optim.lr=-1"),
         (["-m", "hydra/launcher=ray", LRS], "requirements-ray.txt"),
         (["rerun=nowhere"], "no run folder"),
+        (["-m", LRS, *JOBLIB, "hydra.launcher.n_jobs=-1"], "hydra.launcher.n_jobs=-1: must be"),
+        (["-m", LRS, "hydra.sweeper.max_batch_size=-1"], "hydra.sweeper.max_batch_size=-1: must be"),
+        (["-m", "hydra/sweeper=optuna", "optim.lr=interval(1,2)", "hydra.sweeper.n_trials=x"], "n_trials=x: must be"),
+        (
+            ["-m", "hydra/sweeper=optuna", "optim.lr=interval(1,2)", "hydra.sweeper.n_trialss=3"],
+            "mean hydra.sweeper.n_tr",
+        ),
     ],
 )
 def test_a_sweep_that_can_not_be_is_told_before_anything_is_made(run, tmp_path, words, part):
@@ -336,6 +353,10 @@ def test_a_search_that_is_killed_goes_on_with_the_same_trials(run, tmp_path, tin
     other = run("train.py", *words, "model.dropout=choice(0.1,0.2)", "sweep=cut")
     assert other.returncode == 1
     assert "another space" in other.stderr
+    other = run("train.py", *words, "optim.momentum=0.5", "hydra.sweeper.n_trials=8", "sweep=cut")
+    assert other.returncode == 1
+    assert "optim.momentum was 0.9, is 0.5" in other.stderr
+    assert len(trials(cut)) == 7
 
 
 def test_a_trial_below_the_median_of_the_others_is_hopeless(tmp_path):
