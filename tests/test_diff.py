@@ -48,7 +48,7 @@ def made(folder, words, result=None, losses=(), record=None, keep_words=True):
 
 
 COMMANDS = [
-    ["experiment=quickstart", "epochs=1", "model.width=0.1", "device=cpu"],
+    ["experiment=quickstart", "epochs=5", "model.width=0.1", "device=cpu"],
     ["data=samples", "optim=adamw", "model=ghostnet_050", "amp=bf16", "data.image_size=28", "log_every=10"],
     ["experiment=full_8p", "data.root=/data/x", "seed=7"],
     ["logger=wandb", "logger.wandb.tags=[a,b]", "logger.wandb.name='1e5'", "data=synthetic", "schedule=step"],
@@ -82,11 +82,11 @@ def way_reaches(words, more, target):
         ([], ["model=ghostnet_050"], ["model.width=0.5"]),
         ([], ["amp=bf16"], ["amp=bf16"]),
         ([], ["optim=adamw"], ["optim=adamw"]),
-        ([], ["data=samples", "epochs=3"], ["data=samples", "epochs=3"]),
+        ([], ["data=samples", "epochs=30"], ["data=samples", "epochs=30"]),
         (["logger=wandb"], [], ["logger=default"]),
         ([], ["experiment=quickstart"], ["experiment=quickstart"]),
         (["data=samples"], ["data=samples", "data.image_size=28"], ["data.image_size=28"]),
-        (["epochs=3"], ["epochs=3", "resume=auto"], []),
+        (["epochs=30"], ["epochs=30", "resume=auto"], []),
     ],
 )
 def test_a_group_is_chosen_where_that_is_shorter(one, other, expected):

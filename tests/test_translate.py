@@ -65,7 +65,7 @@ EXAMPLES = {
     "--scale": "0.2 0.9", "--ratio": "0.5 2", "--mean": "0.5 0.4 0.3", "--std": "0.2 0.2 0.2", "--sched": "cosine",
     "--opt": "adamw", "--opt-betas": "0.8 0.9", "--dist-bn": "broadcast", "--interpolation": "bilinear",
     "--train-interpolation": "bicubic", "--input-size": "3 192 192", "--resume": "a.pt", "--output": "runs/a",
-    "--width": "0.7", "--checkpoint": "w.pth", "--mixup-mode": "elem", "--drop": "0.3", "--epochs": "9",
+    "--width": "0.7", "--checkpoint": "w.pth", "--mixup-mode": "elem", "--drop": "0.3", "--epochs": "90",
     "--hflip": "0.25", "--world_size": "2", "--img-size": "192", "--decay-epochs": "5", "--mixup-switch-prob": "0.3",
 }  # fmt: skip
 
@@ -180,6 +180,9 @@ def test_every_flag_of_the_evaluation_passes_the_door_there():
         ("--recovery-interval 100", "save_every", 100),
         ("--pretrained", "model.freeze", True),
         ("--epoch 7", "epochs", 7),  # argparse takes what is cut short
+        ("--epochs 7", "schedule.decay_rate", 1.0),
+        ("--epochs 2", "schedule.warmup_epochs", 2),
+        ("--opt sgd --momentum 0", "optim.nesterov", False),
         ("-b=64", "data.batch_size", 64),
         ("-vb 2 -b 64", "data.eval_batch_size", 128),
         ("", "epochs", 200),
@@ -264,7 +267,15 @@ WAY_BACK = [
     ["experiment=full_8p"],
     ["experiment=performance_1p", "device.ids=[2]"],
     ["experiment=full_8p", "epochs=90", "optim.lr=0.5", "model=ghostnet_130", "data.augment.hflip=0.1"],
-    ["experiment=full_1p", "optim=adamw", "data.mix.mixup=0.2", "schedule=step", "amp=none", "clip_grad_norm=null"],
+    [
+        "experiment=full_1p",
+        "epochs=40",
+        "optim=adamw",
+        "data.mix.mixup=0.2",
+        "schedule=step",
+        "amp=none",
+        "clip_grad_norm=null",
+    ],
     ["device=npu_8p", "device.count=4", "data.batch_size=96", "data.image_size=192", "sync_bn=true", "seed=3"],
 ]
 

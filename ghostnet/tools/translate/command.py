@@ -182,7 +182,21 @@ def _wanted(line: Line, value: dict[str, Any], command: Command) -> tuple[dict[s
         wanted["schedule.decay_epochs"] = value["--decay-epochs"]
         wanted["schedule.decay_rate"] = value["--decay-rate"]
     _one_by_one(line, value, command, groups, wanted)
+    _as_the_door_wants(command, wanted)
     return groups, wanted
+
+
+def _as_the_door_wants(command: Command, wanted: dict[str, Any]) -> None:
+    """What did the same there, or nothing, and is a fault here."""
+    epochs, warmup, decay = (wanted.get(f"{k}epochs", 0) for k in ("", "schedule.warmup_", "schedule.decay_"))
+    if epochs and warmup > epochs:
+        wanted["schedule.warmup_epochs"] = epochs
+        why = f"there a warm-up of {warmup} epochs never reached its peak in {epochs}; here it ends with the training"
+        command.remarks.append((NOTE, "", why))
+    if epochs and decay >= epochs:
+        wanted["schedule.decay_rate"] = 1.0  # the training ends before the first decay
+    if wanted.get("optim.nesterov") and not wanted.get("optim.momentum", 0.9):
+        wanted["optim.nesterov"] = False
 
 
 def _one_by_one(
