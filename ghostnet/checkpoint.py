@@ -128,6 +128,8 @@ def _is_plain_config(config: object) -> bool:
     while nodes and left:
         left -= 1
         node, depth = nodes.pop()
+        if isinstance(node, dict) and not all(isinstance(key, str) for key in node):
+            return False
         if isinstance(node, dict | list):
             inner = node.values() if isinstance(node, dict) else node
             if (

@@ -12,7 +12,7 @@ from ghostnet.config import HARMLESS, Config, flat
 from ghostnet.errors import ConfigError
 from ghostnet.folders import read_yaml, saved_config
 from ghostnet.overrides import check_command, given_keys
-from ghostnet.words import parsed, quoted
+from ghostnet.words import quoted
 
 OWN = ("resume", "sweep", "rerun")
 """Of the command that ran, not of the run."""
@@ -55,7 +55,7 @@ def _words(file: Path) -> list[str]:
         raise ConfigError(f"{file} is no list of words.")
     for word in words:
         try:
-            key = parsed(word).key_or_group
+            key = OverridesParser.create().parse_override(word).key_or_group
         except HydraException:
             raise ConfigError(f"{file}: {word!r} is not of the form key=value.") from None
         if key.partition(".")[0].partition("/")[0] == "hydra":

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 NAME = re.compile(r"(^|_)(API_?)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)", re.IGNORECASE)
 FILE = re.compile(r"(^|/)(\.env[^/]*|\.?netrc|id_[a-z0-9]+|credentials[^/]*|[^/]*\.(pem|key|p12|pfx))$", re.IGNORECASE)
@@ -15,8 +16,15 @@ def values(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if NAME.search(name) and len(value) >= SHORTEST and not os.path.exists(value)
+        if NAME.search(name) and len(value) >= SHORTEST and not _is_path(value)
     }
+
+
+def _is_path(value: str) -> bool:
+    try:
+        return Path(value).exists()
+    except (OSError, ValueError):  # too long for one
+        return False
 
 
 def without(text: str) -> str:

@@ -32,15 +32,21 @@ def check_safetensors(file: IO[bytes], size: int) -> None:
         raise ValueError(f"its header tells of {max(ends, default=0):,} bytes of tensors, not {size - 8 - length:,}")
 
 
-def check_zip(file: IO[bytes], size: int) -> None:
-    """ValueError where the parts are compressed, or come to more bytes than the file has, and for a hostile pickle."""
+def check_stored(file: IO[bytes], size: int) -> None:
+    """ValueError where a zip's parts are compressed, or come to more bytes than the file has."""
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size for part in parts):
-            raise ValueError("its parts are compressed, as torch never does")
-        if (claimed := sum(part.file_size for part in parts)) > size:
-            raise ValueError(f"its parts claim {claimed:,} bytes of {size:,}")
-        for part in parts:
+    if any(part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size for part in parts):
+        raise ValueError("its parts are compressed, as whoever writes such a file never does")
+    if (claimed := sum(part.file_size for part in parts)) > size:
+        raise ValueError(f"its parts claim {claimed:,} bytes of {size:,}")
+
+
+def check_zip(file: IO[bytes], size: int) -> None:
+    """ValueError where the parts are compressed, or come to more bytes than the file has, and for a hostile pickle."""
+    check_stored(file, size)
+    with zipfile.ZipFile(file) as archive:
+        for part in archive.infolist():
             if part.filename.endswith("data.pkl"):
                 if part.file_size > LONGEST_HEADER:
                     raise ValueError(f"its pickle claims {part.file_size:,} bytes")
