@@ -58,6 +58,12 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
+def put(path: Path, content: bytes) -> None:
+    """A new file in the place of the last: file systems take their time to cut one short."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
 # Checkpoints
 
 
@@ -72,7 +78,13 @@ def checkpoints(folder: Path) -> Try:
 
     tensors = {"conv_stem.weight": torch.ones(2, 1, 3, 3), "count": torch.tensor(3), "half": torch.ones(4).half()}
     facts = {"config": {"model": {"width": 1.0}, "seed": 1}, "classes": ["a"], "images": 4, "num_classes": 1, "step": 2}
-    facts |= {"global_batch_size": 4, "seconds": 1.5, "model": tensors, "ema": None, "optimizer": {"state": {0: (1, 2)}}}
+    facts |= {
+        "global_batch_size": 4,
+        "seconds": 1.5,
+        "model": tensors,
+        "ema": None,
+        "optimizer": {"state": {0: (1, 2)}},
+    }
     file = io.BytesIO()
     torch.save({"format": checkpoint.FORMAT, **facts}, file)
     with zipfile.ZipFile(file) as archive:
@@ -101,7 +113,7 @@ def checkpoints(folder: Path) -> Try:
             case _:
                 header = mutated(seeds[2][8 : 8 + int.from_bytes(seeds[2][:8], "little")], rng)
                 content = struct.pack("<Q", len(header)) + header + seeds[2][-82:]
-        path.write_bytes(content)
+        put(path, content)
         state = weights.read_file(path)
         if checkpoint.is_own(state):
             checkpoint.check(state, path)
@@ -112,7 +124,13 @@ def checkpoints(folder: Path) -> Try:
 
 GLOBALS = (b"torch._utils\n_rebuild_tensor_v2", b"collections\nOrderedDict", b"builtins\nbytearray", b"torch\nTensor")
 GLOBALS += (b"_codecs\nencode", b"torch\nSize", b"argparse\nNamespace", b"builtins\nset", b"torch\nFloatStorage")
-GLOBALS += (b"numpy.core.multiarray\nscalar", b"numpy\ndtype", b"os\nsystem", b"builtins\neval", b"collections\nCounter")
+GLOBALS += (
+    b"numpy.core.multiarray\nscalar",
+    b"numpy\ndtype",
+    b"os\nsystem",
+    b"builtins\neval",
+    b"collections\nCounter",
+)
 GLOBALS += (b"torch._utils\n_rebuild_parameter", b"torch._utils\n_rebuild_sparse_tensor", b"torch\nstrided")
 GLOBALS += (b"torch._utils\n_rebuild_meta_tensor_no_storage", b"torch._utils\n_rebuild_qtensor", b"torch\nfloat32")
 
@@ -176,7 +194,7 @@ def shards(folder: Path) -> Try:
 
     def trial(rng: random.Random) -> object:
         if rng.random() < 0.2:
-            index.write_bytes(mutated(whole, rng))
+            put(index, mutated(whole, rng))
             with contextlib.suppress(ValueError):  # what the caller tells with the file's name
                 return Index.load(index)
             return None
@@ -190,7 +208,7 @@ def shards(folder: Path) -> Try:
             if any(data[block : block + 512]) and rng.random() < 0.8:  # or no parser gets behind the checksum
                 data[block + 148 : block + 156] = b" " * 8
                 data[block + 148 : block + 156] = b"%06o\0 " % sum(data[block : block + 512])
-        path.write_bytes(data)
+        put(path, data)
         rows, labels = scan(path)
         assert len(rows) == len(labels)
         assert all(0 <= row["offset"] <= len(data) - int(row["length"]) for row in rows)
@@ -213,7 +231,13 @@ def pictures(folder: Path) -> Try:
     kinds: list[tuple[str, str, dict[str, Any]]] = [
         *(("RGB", "JPEG", {"quality": 50}), ("RGB", "JPEG", {"progressive": True}), ("L", "JPEG", {})),
         *(("CMYK", "JPEG", {}), ("RGB", "JPEG", {"restart_marker_rows": 1, "subsampling": 0})),
-        *(("RGB", "PNG", {}), ("P", "PNG", {"transparency": 3}), ("1", "PNG", {}), ("LA", "PNG", {}), ("I", "PNG", {})),
+        *(
+            ("RGB", "PNG", {}),
+            ("P", "PNG", {"transparency": 3}),
+            ("1", "PNG", {}),
+            ("LA", "PNG", {}),
+            ("I;16", "PNG", {}),
+        ),
         *(("RGB", "WEBP", {}), ("RGBA", "WEBP", {"lossless": True}), ("RGB", "PNG", {"save_all": True, "frames": 2})),
         ("RGB", "WEBP", {"save_all": True, "frames": 2}),
     ]
@@ -252,17 +276,88 @@ def with_checksums(data: bytes) -> bytes:
 # Words of a command
 
 
-KEYS = ("optim.lr", "optim", "data", "data.root", "model.width", "model", "epochs", "seed", "amp", "device.ids", "hydra")
-KEYS += ("hydra.run.dir", "experiment", "sweep", "rerun", "data.dataset", "data.dataset._target_", "+x", "~optim", "++a.b")
-KEYS += ("logger.wandb", "data.augment.scale", "hydra.job.name", "hydra/launcher", "local", "model@x", "data.dataset.root")
-VALUES = ("1", "-1", "1e999", "nan", "null", "true", "[1,2]", "{a:1}", "a,b", "interval(0,1)", "range(1,5)", "choice(a,b)")
-VALUES += ("sgd", "shards", "${seed}", "${a}", "${oc.env:HOME}", "${oc.decode:x}", "'${'", "''", "???", "ghostnet.optim.sgd")
-VALUES += ("os.system", "{_target_:os.system}", "../..", "é", "\0", "tag(x, 1)", "glob(*)", "[[[[", "}}", "9" * 30, "${.a}")
+KEYS = (
+    "optim.lr",
+    "optim",
+    "data",
+    "data.root",
+    "model.width",
+    "model",
+    "epochs",
+    "seed",
+    "amp",
+    "device.ids",
+    "hydra",
+)
+KEYS += (
+    "hydra.run.dir",
+    "experiment",
+    "sweep",
+    "rerun",
+    "data.dataset",
+    "data.dataset._target_",
+    "+x",
+    "~optim",
+    "++a.b",
+)
+KEYS += (
+    "logger.wandb",
+    "data.augment.scale",
+    "hydra.job.name",
+    "hydra/launcher",
+    "local",
+    "model@x",
+    "data.dataset.root",
+)
+VALUES = (
+    "1",
+    "-1",
+    "1e999",
+    "nan",
+    "null",
+    "true",
+    "[1,2]",
+    "{a:1}",
+    "a,b",
+    "interval(0,1)",
+    "range(1,5)",
+    "choice(a,b)",
+)
+VALUES += (
+    "sgd",
+    "shards",
+    "${seed}",
+    "${a}",
+    "${oc.env:HOME}",
+    "${oc.decode:x}",
+    "'${'",
+    "''",
+    "???",
+    "ghostnet.optim.sgd",
+)
+VALUES += (
+    "os.system",
+    "{_target_:os.system}",
+    "../..",
+    "é",
+    "\0",
+    "tag(x, 1)",
+    "glob(*)",
+    "[[[[",
+    "}}",
+    "9" * 30,
+    "${.a}",
+)
 VALUES += ("${${seed}}", "1_0", "0x1", "'a\\'b'", "sort(3,1)", "extend_list(1)", "${hydra:job.name}", "cast")
 
 
+GOOD = ("optim=adamw", "data=samples", "epochs=3", "seed=1,2", "experiment=quickstart", "ckpt=x.pt", "data.root=.")
+
+
 def word(rng: random.Random) -> str:
-    """A word as users mistype it, and as nobody would."""
+    """A word as users mistype it, as nobody would, or a good one."""
+    if rng.random() < 0.2:
+        return rng.choice(GOOD)
     text = rng.choice(KEYS) + rng.choice(("=", "=", "=", "=", "", "==", ":", "@", " = "))
     text += "".join(rng.choice((*VALUES, *string.punctuation)) for _ in range(rng.choice((1, 1, 1, 2, 3, 6))))
     if rng.random() < 0.3:
@@ -316,7 +411,11 @@ def commands(folder: Path) -> Try:
 
 
 KINDS: dict[str, Callable[[Path], Try]] = {
-    **{"checkpoints": checkpoints, "shards": shards, "pictures": pictures, "words": words, "commands": commands},
+    "checkpoints": checkpoints,
+    "shards": shards,
+    "pictures": pictures,
+    "words": words,
+    "commands": commands,
 }
 
 
