@@ -34,7 +34,7 @@ Try = Callable[[random.Random], Any]
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Bytes changed, cut out, put in, repeated or overwritten by a number at an edge; near the start half of the time."""
+    """Bytes changed, cut out, put in, repeated, or overwritten by a number at an edge."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         if not changed:
@@ -394,7 +394,7 @@ def words(folder: Path) -> Try:
 
 
 def commands(folder: Path) -> Try:
-    """Several words through the whole door, as train.py, evaluate.py and pack take them, with what they name looked for."""
+    """Several words through the whole door, with what they name looked for."""
     from ghostnet.overrides import examine, refuse
     from ghostnet.presence import Presence
 
@@ -441,8 +441,9 @@ def main(kind: str, seed: str, first: int, count: int, folder: Path) -> None:
                 trial(random.Random(f"{kind} {seed} {number}"))
                 ends["values"] += 1
             except UserError as error:
-                assert str(error).strip()
                 ends["refused"] += 1
+                if not str(error).strip():
+                    failures[number] = "no message"
             except Exception as error:
                 failures[number] = f"{type(error).__name__}: {error}"[:300]
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,4 +1,4 @@
-"""Hostile inputs: thousands that chance makes, those that once did harm, and what is done with them by whole commands."""
+"""Hostile inputs: thousands that chance makes, and those that once took all memory or time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whole commands on hostile configs, secrets in the environment and damaged data: one message, and nothing given away."""
+"""Whole commands on hostile configs, secrets in the environment, damaged data: one message, nothing given away."""
 
 import os
 import shutil
