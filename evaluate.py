@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ghostnet import jobs, launch
 from ghostnet.config import Config, build, build_model, check, resolved, unresolved
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.overrides import given_keys
 from ghostnet.wandb_artifact import located
+from ghostnet.words import first_line
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -48,6 +50,8 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     path = checkpoint.find(cfg.ckpt, checkpoint.BEST)
     saved = read_file(path)
     own = checkpoint.is_own(saved)
+    if own:
+        checkpoint.check(saved, path)
     config = with_saved(cfg, saved["config"], overrides) if own else resolved(cfg)
 
     # Device, data
@@ -111,17 +115,21 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
 
 def with_saved(cfg: DictConfig, saved: dict[str, Any], overrides: list[str]) -> Config:
     """The config of the command, with the checkpoint's model, data and precision where the command names none."""
-    merged = OmegaConf.create(saved)
-    OmegaConf.set_struct(merged, False)
-    for key in ("device", "ema", "ckpt"):
-        merged[key] = cfg[key]
-    for key in given_keys(overrides):
-        # A group that was chosen replaces the checkpoint's, a single key changes one value of it.
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
-    config = resolved(merged)
-    faults = check("evaluate", {key: config[key] for key in ("ckpt", "ema", "model", "data", "amp", "device")})
+    try:
+        merged = OmegaConf.create(saved)
+        OmegaConf.set_struct(merged, False)
+        for key in ("device", "ema", "ckpt"):
+            merged[key] = cfg[key]
+        for key in given_keys(overrides):
+            # A group that was chosen replaces the checkpoint's, a single key changes one value of it.
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
+        config = resolved(merged)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{cfg.ckpt}: the config in it can't be read: {first_line(error)}") from None
+    used = ("ckpt", "ema", "model", "data", "amp", "device")
+    faults = check("evaluate", {key: config[key] for key in used if key in config})
     if faults:
-        raise ConfigError("\n       ".join(map(str, faults)))
+        raise ConfigError(f"{cfg.ckpt}, with the config in it: " + "\n       ".join(map(str, faults)))
     return config
 
 

@@ -147,7 +147,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
             raise ConfigError(
                 f"resume: {path} is at step {saved['step']:,}, past the {total_steps:,} of {epochs} epochs."
             )
-        state.load_state_dict(saved)
+        with checkpoint.fitting(path):
+            state.load_state_dict(saved)
         earlier = saved["seconds"]
         del saved  # a second copy of all weights and moments
         for name in (checkpoint.BEST, ID_FILE) if ranks.is_main else ():
@@ -281,7 +282,9 @@ def _saved(resume: str | None, folder: Path) -> tuple[Path, dict[str, Any] | Non
     if resume is None or (resume == "auto" and not path.exists()):
         return path, None
     path = path if resume == "auto" else checkpoint.find(resume, checkpoint.LAST)
-    return path, checkpoint.load(path)
+    saved = checkpoint.load(path)
+    checkpoint.check(saved, path)
+    return path, saved
 
 
 def _is_hopeless(folder: Path, row: "Row") -> bool:

@@ -3,16 +3,31 @@
 import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from ghostnet.errors import UserError
-from ghostnet.models.weights import read_file
+from ghostnet.models.weights import is_plain, read_file
 
 FORMAT = "ghostnet-torch"
 LAST, BEST = "last.pt", "best.pt"
+KINDS: dict[str, Any] = {
+    "config": dict,
+    "classes": list,
+    "images": int,
+    "num_classes": int,
+    "global_batch_size": int,
+    "step": int,
+    "model": dict,
+    "ema": dict | None,
+    "seconds": int | float,
+}
+"""What a program reads of a checkpoint by itself."""
+MOST_VALUES, DEEPEST = 10_000, 20
+"""Of a checkpoint's config: ours have about 100 values, three deep."""
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -79,6 +94,54 @@ def load(path: Path) -> dict[str, Any]:
             "To start from its weights: model.weights=PATH"
         )
     return dict(state)
+
+
+def check(state: dict[str, Any], path: Path) -> None:
+    """UserError where one of this project's checkpoints lacks what it must hold, or its config is no plain config."""
+    try:
+        good = all(isinstance(state[key], kind) for key, kind in KINDS.items())
+        good = (
+            good and all(map(is_plain, state["model"].values())) and all(map(is_plain, (state["ema"] or {}).values()))
+        )
+        good = good and all(isinstance(name, str) for name in state["classes"]) and _is_plain_config(state["config"])
+    except KeyError as error:
+        raise UserError(f"{path} is a damaged checkpoint: it has no {error.args[0]}. Take an earlier one.") from None
+    if not good:
+        raise UserError(f"{path} is a damaged checkpoint: what it holds is not of its kind. Take an earlier one.")
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """What a checkpoint's content leads to while it is loaded, such as moments of another shape, is a UserError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fault = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} does not fit this run ({type(error).__name__}: {fault}). Take an earlier one."
+        ) from error
+
+
+def _is_plain_config(config: object) -> bool:
+    """Whether it is nested groups of plain values, of no more nodes and depth than a config has."""
+    left, nodes = MOST_VALUES, [(config, 0)]
+    while nodes and left:
+        left -= 1
+        node, depth = nodes.pop()
+        if isinstance(node, dict) and not all(isinstance(key, str) for key in node):
+            return False
+        if isinstance(node, dict | list):
+            inner = node.values() if isinstance(node, dict) else node
+            if (
+                depth > DEEPEST
+                or len(node) > left
+                or (isinstance(node, dict) and not all(isinstance(k, str) for k in node))
+            ):
+                return False
+            nodes += [(value, depth + 1) for value in inner]
+        elif not isinstance(node, str | int | float | None):
+            return False
+    return not nodes
 
 
 def is_own(state: object) -> bool:

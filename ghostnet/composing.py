@@ -23,8 +23,8 @@ from ghostnet.origins import Origins, Source
 from ghostnet.schema import Fault, did_you_mean
 from ghostnet.words import first_line, group_fault, has_key, is_choice, parsed, unknown_key
 
-ERRORS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
-"""What composing raises for faults of a user."""
+ERRORS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError, ValueError, TypeError)
+"""What composing raises for faults of a user; the last two for numbers in the place of options."""
 Look = Callable[[Config, DictConfig], list[Fault]]
 """What is wrong with a job beside its config, from that and Hydra's own: files that are not there."""
 

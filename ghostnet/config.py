@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.conflicts import conflicts
 from ghostnet.errors import ConfigError
+from ghostnet.groups import targets
 from ghostnet.schema import (
     Fault,
     Fraction,
@@ -255,6 +256,10 @@ def _target_faults(node: Config, prefix: str, extras: dict[str, Parameter]) -> l
     if not isinstance(target, str):
         return [Fault((key,), f"{key}: must be the dotted name of a function or class of this project.")]
     try:
-        return faults(node, signature(target) | extras, prefix)
+        parameters = signature(target)
+        if target not in (named := targets(key)):
+            listed = f"those of {key} are {', '.join(named)}" if named else f"none names a {key}"
+            return [Fault((key,), f"{key}: {target} is named by no file of conf/; {listed}.")]
+        return faults(node, parameters | extras, prefix)
     except ConfigError as error:
         return [Fault((key,), f"{prefix}{error}")]

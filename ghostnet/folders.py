@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ghostnet.config import Config, check_same_run, flat, same_experiment, unresolved
 from ghostnet.errors import ConfigError
 from ghostnet.overrides import Checked
 
+LARGEST = 1 << 20
+"""Bytes of a run's config."""
 made: list[Path] = []
 """The folders that this process made for its run, innermost last."""
 
@@ -153,9 +157,30 @@ def check_resume(folder: Path, cfg: Config) -> None:
 
 
 def saved_config(folder: Path) -> Config:
-    """The config.yaml of a run folder; empty where there is none."""
+    """The config.yaml of a run folder; empty where there is none, ConfigError where it is no plain config."""
     file = folder / "config.yaml"
-    return unresolved(DictConfig(OmegaConf.load(file))) if file.exists() else {}
+    if not file.exists():
+        return {}
+    content = read_yaml(file)
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{file} is no config of a run.")
+    return unresolved(content)
+
+
+def read_yaml(file: Path) -> Any:  # noqa: ANN401 (a group or a list)
+    """A YAML file of a run folder; ConfigError where it can't be read, or holds what this program never writes.
+
+    An alias, which repeats a part of the file, can make a few lines billions of values.
+    """
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ConfigError(f"{file} is too large: config files have some kB.")
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)):
+            raise ConfigError(f"{file} holds an alias, as no run writes it.")
+        return OmegaConf.create(text)
+    except (OSError, ValueError, AssertionError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file} can't be read: {' '.join(str(error).split())[:200]}.") from None
 
 
 def baseline(path: str) -> dict[str, Any]:

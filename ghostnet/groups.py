@@ -37,6 +37,23 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def targets(key: str) -> list[str]:
+    """The constructors that the files of conf/ name for a key such as data.dataset._target_: no other is ever called.
+
+    An option's file names it below its group; one of an experiment, of this machine or of a program, in full.
+    """
+    group, _, inner = key.partition(".")
+    own = [(path, inner) for path in sorted((CONF / group).glob("*.yaml"))]
+    whole = [*CONF.glob("*.yaml"), *CONF.glob("experiment/*.yaml"), *CONF.glob("local/*.yaml")]
+    found = [lines(path).get(name) for path, name in [*own, *((path, key) for path in whole)] if _names_any(path)]
+    return sorted({line.value.strip("'\"") for line in found if line and line.value})
+
+
+@functools.cache
+def _names_any(path: Path) -> bool:
+    return "_target_" in path.read_text(encoding="utf-8")
+
+
 def heading(group: str, option: str) -> str:
     """What an option says of itself: its first comment, '' where it has none."""
     text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")

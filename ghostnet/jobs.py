@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import record, workers
+from ghostnet import record, secrets, workers
 from ghostnet.config import Config, resolved, unresolved
 from ghostnet.errors import ConfigError, SampleError, UserError, explain
 from ghostnet.folders import check_resume, leave_no_empty_run
@@ -63,7 +63,7 @@ class Job:
 
 def say(text: str) -> None:
     """One message to the user, beside the program's results."""
-    print(text, file=sys.stderr, flush=True)
+    print(secrets.without(text), file=sys.stderr, flush=True)
 
 
 def command_line(words: list[str]) -> str:

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from ghostnet import manual, record, workers
 from ghostnet.composing import Look
+from ghostnet.config import flat
 from ghostnet.errors import ConfigError, PeerFailed, UserError, explain
 from ghostnet.flags import arguments
 from ghostnet.folders import Place, claim, settle
@@ -18,6 +21,7 @@ from ghostnet.jobs import Run, command_line, entered, failed, say, terminated, t
 from ghostnet.overrides import Checked, examine, refuse
 from ghostnet.presence import Presence
 from ghostnet.rerun import expanded
+from ghostnet.secrets import NAME, found_in
 from ghostnet.words import quoted
 
 if TYPE_CHECKING:
@@ -154,6 +158,7 @@ def pass_door(checked: Checked, ranks: "Ranks | None", words: list[str], settles
     except ConfigError as error:
         faults.append(str(error))
     if settles:
+        faults += _secrets(checked, words)
         try:
             place = settle(checked, words)
         except ConfigError as error:
@@ -163,6 +168,16 @@ def pass_door(checked: Checked, ranks: "Ranks | None", words: list[str], settles
                 raise
     refuse(faults)
     return place
+
+
+def _secrets(checked: Checked, words: list[str]) -> list[str]:
+    """What a command would write of the environment's keys and tokens into the run folder, each with the way out."""
+    texts = [*words, *(str(value) for job in checked.jobs for _, value in flat(job))]
+    way_out = "Leave it in the environment: programs that need it read it there."
+    faults = [f"{name}: the command holds this secret, and the run folder would. {way_out}" for name in found_in(texts)]
+    given = OmegaConf.select(checked.hydra, "job.env_set", default={}) or {}
+    faults += [f"hydra.job.env_set.{key}: the run folder would hold it. {way_out}" for key in given if NAME.search(key)]
+    return faults
 
 
 def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:

@@ -13,6 +13,7 @@ from ghostnet.config import Config, flat
 from ghostnet.conflicts import lacks
 from ghostnet.errors import ConfigError, UserError
 from ghostnet.folders import baseline
+from ghostnet.groups import targets
 from ghostnet.schema import Fault
 from ghostnet.wandb_artifact import SCHEME, located
 
@@ -41,7 +42,9 @@ class Presence:
             elif path and isinstance(path, str) and path != "auto" and not Path(path).expanduser().exists():
                 text = f"{key}={path}: {path} does not exist. Give a checkpoint file{more}."
                 found.append(Fault((key,), text))
-        if self.trains and (text := _no_data(values.get("data.dataset._target_"), values.get("data.dataset.root"))):
+        target = values.get("data.dataset._target_")
+        allowed = target in targets("data.dataset._target_")  # else its module is not even imported
+        if self.trains and allowed and (text := _no_data(target, values.get("data.dataset.root"))):
             found.append(Fault(("data.root",), text, has_place=values["data.dataset.root"] is not None))
         if self.trains and isinstance(path := values.get("baseline"), str):
             try:

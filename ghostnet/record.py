@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ghostnet
+from ghostnet import secrets
 from ghostnet.errors import ConfigError, UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -70,6 +71,8 @@ def status(folder: Path) -> str:
 def code() -> tuple[str | None, str]:
     """The commit of the code that runs, and what differs from it, as a diff; None and '' outside of git.
 
+    Secrets of the environment are struck out of it, and files that hold keys are no part of it.
+
     It is asked once: what is edited later is not what this process runs.
     """
 
@@ -84,9 +87,9 @@ def code() -> tuple[str | None, str]:
             return None, ""
         commit, diff = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
         for name in filter(None, git("ls-files", "--others", "--exclude-standard", "-z").split("\0")):
-            if (REPOSITORY / name).stat().st_size <= LARGEST:
+            if (REPOSITORY / name).stat().st_size <= LARGEST and not secrets.is_file(name):
                 diff += git("diff", "--no-index", "--", "/dev/null", name)
-        return commit, diff
+        return commit, secrets.without(diff)
     except OSError:
         return None, ""
 

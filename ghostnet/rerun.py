@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from omegaconf import ListConfig
 
 from ghostnet import record
 from ghostnet.config import HARMLESS, Config, flat
 from ghostnet.errors import ConfigError
-from ghostnet.folders import saved_config
+from ghostnet.folders import read_yaml, saved_config
 from ghostnet.overrides import check_command, given_keys
 from ghostnet.words import quoted
 
@@ -39,12 +40,28 @@ def expanded(words: list[str], multirun: bool) -> list[str]:
         raise ConfigError(
             f"rerun={text}: {folder} is no run folder: it has no config.yaml or no .hydra/overrides.yaml."
         )
+    words_then = _words(overrides)
     mine = set(given_keys([word for word in words if word not in given]))
-    theirs = [w for w in own_words([str(w) for w in OmegaConf.load(overrides)]) if not mine & set(given_keys([w]))]
+    theirs = [w for w in own_words(words_then) if not mine & set(given_keys([w]))]
     theirs += _changed(saved, theirs, mine, text)
     words = [word for word in words if word not in given] + [f"rerun={quoted(text)}"]
     mode = [] if multirun else ["hydra.mode=RUN"]  # the run may be one job of an experiment that sweeps
     return [*theirs, *mode, *words]
+
+
+def _words(file: Path) -> list[str]:
+    """The words of a run; ConfigError for what is none, and for settings of Hydra's own, which name code to run."""
+    words = read_yaml(file)
+    if not isinstance(words, ListConfig) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{file} is no list of words.")
+    for word in words:
+        try:
+            key = OverridesParser.create().parse_override(word).key_or_group
+        except HydraException:
+            raise ConfigError(f"{file}: {word!r} is not of the form key=value.") from None
+        if key.partition(".")[0].partition("/")[0] == "hydra":
+            raise ConfigError(f"{file}: {word!r} is a setting of Hydra's own, which no run repeats. Give it yourself.")
+    return list(words)
 
 
 def note(run: str | None) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 FLOORS = [
-    {"errors", "groups", "drivers"},
+    {"errors", "groups", "drivers", "secrets"},
     {"schema"},
     {"conflicts", "origins"},
     {"device", "seeding"},

@@ -6,6 +6,8 @@ To add one: a class with these attributes and methods, and a file in conf/data/ 
 import gzip
 import hashlib
 import math
+import os
+import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -16,6 +18,7 @@ import numpy as np
 
 from ghostnet.data.decode import Picture, Pixels, picture
 from ghostnet.data.index import FileIndex, cache_folder
+from ghostnet.data.tars import LARGEST_IMAGE
 from ghostnet.errors import SampleError, UserError
 from ghostnet.schema import PositiveInt, did_you_mean
 from ghostnet.seeding import fold_in
@@ -23,6 +26,8 @@ from ghostnet.seeding import fold_in
 Split = Literal["train", "val"]
 Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
+LARGEST_IDX = 1 << 30
+"""Bytes of an IDX array; Fashion-MNIST's is 47 MB."""
 REPOSITORY = Path(__file__).parent.parent.parent
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -93,7 +98,13 @@ class ImageFolder:
         """The picture, of a JPEG its header; SampleError names a file that can't be read."""
         path = self.path(index)
         try:
-            data = path.read_bytes()
+            # Without blocking, or opening a pipe would wait for its writer.
+            with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_IMAGE:
+                    claims = f"has {status.st_size:,} bytes" if status.st_size else "is no file"
+                    raise SampleError(f"{path} {claims}, as no image does. Replace or remove it.")
+                data = file.read()
         except OSError as error:
             raise SampleError(f"{path} can't be read: {error.strerror}.") from None
         return picture(data, path)
@@ -225,15 +236,19 @@ def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray[tuple[int, 
     path = idx_path(folder, name)
     if path is None:
         raise UserError(f"{folder} has no {name} or {name}.gz.")
+    start = 4 + 4 * dimensions
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(start)
+            shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, start, 4)]
+            # A small .gz may hold, and its header claim, any number of bytes.
+            claimed = math.prod(shape) if head[:4] == bytes([0, 0, 8, dimensions]) else LARGEST_IDX + 1
+            data = file.read(claimed + 1) if claimed <= LARGEST_IDX else b""
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} can't be read: {error}. Get it again.") from None
-    start = 4 + 4 * dimensions
-    shape = [int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4)]
-    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != start + math.prod(shape):
+    if len(head) < start or len(data) != claimed:
         raise UserError(f"{path} is no whole IDX file of {dimensions} dimensions. Get it again.")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def relabel(labels: Labels, classes: list[str], known: list[str]) -> Labels:

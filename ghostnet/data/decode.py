@@ -21,6 +21,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 COLOURS = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "GRAY"}
 """What a JPEG may hold for libjpeg-turbo to decode it, and as what; the rest is Pillow's."""
 
+MOST_SCANS = 200
+"""Of a JPEG: progressive ones have about ten. Each goes over all pixels, for a few bytes in the file."""
+
 # Pillow warns of odd metadata, which nobody reads here (JPEGs of ImageNet itself have broken EXIF), and no more than
 # warns of a picture that is up to twice as large as it allows.
 warnings.filterwarnings("ignore", module="PIL")
@@ -97,6 +100,8 @@ def picture(data: bytes, name: str | Path) -> Picture:
     Of a JPEG only the header is read here. Its EXIF orientation is passed over, as published weights were trained.
     """
     if data.startswith(b"\xff\xd8"):
+        if (scans := data.count(b"\xff\xda")) > MOST_SCANS:
+            raise SampleError(f"{name} can't be decoded: it has {scans:,} scans. Replace or remove it.")
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:

@@ -27,9 +27,12 @@ from ghostnet.data.decode import Picture, picture
 from ghostnet.data.index import cache_folder
 from ghostnet.data.tars import BLOCK, MOST_CLASSES, ROW, Rows, scan
 from ghostnet.errors import SampleError, UserError
+from ghostnet.models.claims import check_stored
 
 INDEX, CLASSES, STATE = "index.npz", "classes.json", "pack.json"
 NAMES = {"train": ("train",), "val": ("val", "validation", "valid")}
+LONGEST_LIST = 1 << 27
+"""Bytes of a list of class names."""
 AGAIN = "Copy it again, or remove the folder and pack it anew (python -m ghostnet.tools.pack)."
 
 
@@ -58,8 +61,11 @@ class Index:
     def load(path: Path) -> "Index":
         """Read one, and check that no row leads outside its shard; ValueError for what is none."""
         try:
-            with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
-                columns = [file[name] for name in ("shards", "sizes", "mtimes", "rows", "labels")]
+            with path.open("rb") as content:
+                check_stored(content, os.fstat(content.fileno()).st_size)
+                content.seek(0)
+                with np.load(content, allow_pickle=False) as file:
+                    columns = [file[name] for name in ("shards", "sizes", "mtimes", "rows", "labels")]
         except Exception as error:  # zipfile and numpy raise whatever a broken file leads them to
             raise ValueError(str(error) or type(error).__name__) from None
         shards, sizes, mtimes, rows, labels = columns
@@ -252,6 +258,8 @@ def read_classes(base: Path) -> list[str] | None:
         if not path.exists():
             continue
         try:
+            if path.stat().st_size > LONGEST_LIST:
+                raise ValueError("no list of class names is so long")
             text = path.read_text(encoding="utf-8")
             names = json.loads(text) if path.suffix == ".json" else text.splitlines()
         except (OSError, ValueError, RecursionError) as error:

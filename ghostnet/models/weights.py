@@ -1,24 +1,25 @@
 """Reads any published GhostNet checkpoint, recognised by its content. Nothing in a file is ever run."""
 
 import argparse
+import os
 import re
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ghostnet.errors import UserError
+from ghostnet.models.claims import bounded, check_legacy, check_safetensors, check_zip
 from ghostnet.models.ghostnet import LAST_CHANNELS, STEM_CHANNELS, GhostNet
 from ghostnet.models.layers import round_channels
 
 ZIP_MAGIC = b"PK\x03\x04"  # torch.save since torch 1.6
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before: the pickle of its magic number
-SAFETENSORS_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 CLASSIFIER = ("classifier.weight", "classifier.bias")
 # Averaged weights are the ones to use, so they come first. ema, model: ours. state_dict: the reference and timm.
 NESTED = ("ema", "state_dict_ema", "state_dict", "model")
@@ -32,13 +33,14 @@ def read_file(path: str | Path) -> Any:  # noqa: ANN401 - a file holds what it h
     path = Path(path)
     head = _head(path)
     try:
-        if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= SAFETENSORS_LONGEST_HEADER:
-            return safetensors.torch.load(path.read_bytes())
-        if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
-            with path.open("rb") as file, torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
-                # An open file, since from a path torch would go by the ending of its name.
-                return torch.load(file, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            with bounded(size):
+                if len(head) > 8 and head[8:9] == b"{" and head[5:8] == bytes(3):
+                    check_safetensors(file, size)
+                    return safetensors.torch.load(path.read_bytes())
+                if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
+                    return _torch_file(file, size, head)
     except Exception as error:  # the bytes of a torn file decide what is raised
         raise UserError(_explain(path, error)) from error
     raise UserError(
@@ -46,12 +48,21 @@ def read_file(path: str | Path) -> Any:  # noqa: ANN401 - a file holds what it h
     )
 
 
+def _torch_file(file: IO[bytes], size: int, head: bytes) -> Any:  # noqa: ANN401
+    check_zip(file, size) if head.startswith(ZIP_MAGIC) else check_legacy(file)
+    file.seek(0)
+    with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
+        # An open file, since from a path torch would go by the ending of its name.
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """State dict under the published names, fp32 on the CPU; averaged where there is one. UserError without weights."""
     content = read_file(path)
     if isinstance(content, Mapping):
         content = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not content or not all(map(is_plain, content.values())):
         found = _describe(content)
         raise UserError(
             f"{path} holds no weights: expected a state dict, or one under {', '.join(NESTED)}; found {found}"
@@ -61,6 +72,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         str(name).removeprefix(prefix): value.float() if value.is_floating_point() else value
         for name, value in content.items()
     }
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a tensor of numbers that are all there: no view that makes many of few, no other layout."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_complex()
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
@@ -120,6 +143,8 @@ def _explain(path: Path, error: Exception) -> str:
             f"{path} was refused, and nothing in it was run: it asks for {blocked[1]}, and weights need no code. "
             "If the file is your own, save model.state_dict() instead"
         )
+    if isinstance(error, MemoryError):
+        return f"{path} was refused: reading it would take far more memory than a checkpoint of its size"
     # The first sentence of torch's own reason: the advice around it is to read the file unsafely.
     reason = re.split(r"WeightsUnpickler error:\s*", str(error))[-1].partition("\n")[0].partition(". ")[0]
     return (
