@@ -55,6 +55,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     torch.testing.assert_close(loaded.pop("optimizer"), STATE["optimizer"], rtol=0, atol=0)
     torch.testing.assert_close(loaded.pop("model"), STATE["model"], rtol=0, atol=0)
     assert loaded.pop("format") == checkpoint.FORMAT
+    assert loaded.pop("sealed")
     assert loaded == {key: value for key, value in STATE.items() if key not in ("model", "optimizer")}
     assert names(tmp_path) == ["last.pt"]
 
