@@ -18,7 +18,7 @@ log = logging.getLogger("ghostnet")
 class Saver:
     """Copies a run's state in the loop, and has one thread write it: one file after the other, in the order asked for.
 
-    It takes the memory of one copy of the state on the host. With it, what is being written is waited for.
+    That takes the host's memory of one copy of the state: before the next is made, the write of the last is waited for.
     """
 
     def __init__(
