@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
     from ghostnet.engine import Recipe, TrainState
     from ghostnet.loggers import ConsoleLogger, Row
+    from ghostnet.saving import Saver
     from ghostnet.signals import StopSignal
 
 
@@ -43,7 +44,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     started = time.monotonic()
     import torch
 
-    from ghostnet import checkpoint, engine
+    from ghostnet import checkpoint, engine, saving
     from ghostnet.data.cache import open_cache
     from ghostnet.data.datasets import check_same_classes, check_same_data
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
@@ -131,10 +132,15 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
 
     # Resume
     state, earlier = engine.TrainState(model, optimizer, amp, ema, device, ranks, cfg["dist_bn"]), 0.0
-    path, saved = ranks.from_main(lambda: _saved(cfg["resume"], folder))
-    if saved is not None:
+    found, notes = ranks.from_main(lambda: saving.find(cfg["resume"], folder))
+    for note in notes:
+        console.say(f"note    {note}")
+    in_place = found is not None and found.path == folder / checkpoint.LAST
+    if found is not None:
+        path, saved = found.path, found.state
+        checkpoint.check(saved, path)
         check_same_run(saved["config"], cfg)
-        if saved["global_batch_size"] != global_batch_size:
+        if saved["global_batch_size"] != global_batch_size and not cfg["force"]:
             raise ConfigError(
                 f"resume: the global batch was {saved['global_batch_size']}, is {global_batch_size}: "
                 f"{ranks.world_size} ranks × data.batch_size × accumulate. "
@@ -142,7 +148,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
             )
         for change in changes(saved["config"], cfg):
             console.say(f"note    {change}")
-        check_same_data(saved["classes"], saved["images"], train_set)
+        if difference := check_same_data(saved["classes"], saved["images"], train_set, cfg["force"]):
+            console.say(f"note    {difference}")
         if saved["step"] > total_steps:
             raise ConfigError(
                 f"resume: {path} is at step {saved['step']:,}, past the {total_steps:,} of {epochs} epochs."
@@ -150,7 +157,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
         with checkpoint.fitting(path):
             state.load_state_dict(saved)
         earlier = saved["seconds"]
-        del saved  # a second copy of all weights and moments
+        del found, saved  # a second copy of all weights and moments
         for name in (checkpoint.BEST, ID_FILE) if ranks.is_main else ():
             if (path.parent / name).exists() and not (folder / name).exists():
                 shutil.copy2(path.parent / name, folder / name)
@@ -177,14 +184,12 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
                 for fault in faults:
                     console.say(f"skipped {fault}")
 
-    def save(name: str) -> None:
-        facts = {"config": job.raw, "classes": train_set.classes, "images": len(train_set), "num_classes": num_classes}
-        facts["seconds"] = earlier + time.monotonic() - started
-        facts["global_batch_size"] = global_batch_size
-        with state.for_all_ranks() as content:
-            if ranks.is_main:
-                checkpoint.save(content | facts, folder / name)
-        ranks.barrier()
+    def facts() -> dict[str, Any]:
+        seconds = earlier + time.monotonic() - started
+        about = {"config": job.raw, "classes": train_set.classes, "images": len(train_set), "num_classes": num_classes}
+        return about | {"seconds": seconds, "global_batch_size": global_batch_size}
+
+    saver = saving.Saver(folder, cfg["keep"], facts, (state.step, state.evaluated) if in_place else None)
 
     # The loop
     result, pruned = None, False
@@ -193,7 +198,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     try:
         for logger in loggers:
             logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs, job.prefix))
-        with StopSignal(ranks) as stop:
+        with saver, StopSignal(ranks) as stop:
             try:
                 while True:
                     epoch, within = divmod(state.step, steps_per_epoch)
@@ -203,27 +208,29 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
                         tell_skipped()
                         if cache and cache.fault:
                             console.say(f"note    {cache}")
-                        if state.best is state.last:
-                            save(checkpoint.BEST)
                         pruned = ranks.from_main(functools.partial(_is_hopeless, folder, state.last))
                     if within == 0 and state.step:
-                        save(checkpoint.LAST)
+                        is_best = state.best is state.last and state.evaluated == state.step
+                        saver.save(state, *([checkpoint.BEST] if is_best else []), checkpoint.LAST)
                     if state.step >= total_steps or pruned:
                         break
                     for step in engine.train(state, train_loader, recipe, stop):
                         console.advance(step)
+                        saver.check()
                         if step % cfg["log_every"] == 0 or step % steps_per_epoch == 0:
-                            _stop_if_not_finite(state, recipe, folder)
+                            _stop_if_not_finite(state, recipe, saver)
                             log(_train_row(state, steps_per_epoch))
                             tell_skipped()
                         if cfg["save_every"] and step % cfg["save_every"] == 0 and step % steps_per_epoch:
-                            _stop_if_not_finite(state, recipe, folder)
-                            save(checkpoint.LAST)
+                            _stop_if_not_finite(state, recipe, saver)
+                            saver.save(state, checkpoint.LAST)
                             state.speed.resume()
             except (Interrupted, SampleError, PeerFailed):
-                _stop_if_not_finite(state, recipe, folder)
-                save(checkpoint.LAST)
+                _stop_if_not_finite(state, recipe, saver)
+                saver.save(state, checkpoint.LAST)
+                saver.flush(state)
                 raise
+            saver.flush(state)
 
         # Result
         source, speed = "ema" if ema else "eval", state.speed.total
@@ -274,19 +281,6 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
                 stack.callback(logger.finish, result)
 
 
-def _saved(resume: str | None, folder: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The checkpoint to go on with and what it holds; None for a fresh start."""
-    from ghostnet import checkpoint
-
-    path = folder / checkpoint.LAST
-    if resume is None or (resume == "auto" and not path.exists()):
-        return path, None
-    path = path if resume == "auto" else checkpoint.find(resume, checkpoint.LAST)
-    saved = checkpoint.load(path)
-    checkpoint.check(saved, path)
-    return path, saved
-
-
 def _is_hopeless(folder: Path, row: "Row") -> bool:
     """Whether a trial of a search need not go on; no other run is told so."""
     if not (folder / "trial.json").exists():
@@ -323,14 +317,15 @@ def _train_row(state: "TrainState", steps_per_epoch: int) -> "Row":
     return row | ({"train/reduction": speed.reduction} if state.ranks.world_size > 1 else {})
 
 
-def _stop_if_not_finite(state: "TrainState", recipe: "Recipe", folder: Path) -> None:
+def _stop_if_not_finite(state: "TrainState", recipe: "Recipe", saver: "Saver") -> None:
     """UserError with the step, the learning rate and the last good checkpoint where a loss was not finite."""
     from ghostnet import checkpoint
 
     bad = state.meter.bad_step(state.ranks)
     if bad is not None or not state.is_finite():
         what, step = ("the loss is", bad) if bad is not None else ("weights are", state.step)
-        last = folder / checkpoint.LAST
+        saver.flush(state)
+        last = saver.folder / checkpoint.LAST
         raise UserError(
             f"{what} not finite at step {step}, learning rate {recipe.schedule(step - 1):.4g}. "
             f"{f'The last good checkpoint is {last}.' if last.exists() else 'There is no checkpoint yet.'} "

@@ -3,17 +3,22 @@
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
+from torch import Tensor
 
 from ghostnet.errors import UserError
 from ghostnet.models.weights import is_plain, read_file
+from ghostnet.seal import Sealing
 
 FORMAT = "ghostnet-torch"
 LAST, BEST = "last.pt", "best.pt"
+PREVIOUS = "previous-{}.pt"
 KINDS: dict[str, Any] = {
     "config": dict,
     "classes": list,
@@ -30,22 +35,34 @@ MOST_VALUES, DEEPEST = 10_000, 20
 """Of a checkpoint's config: ours have about 100 values, three deep."""
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint: to a temporary file in the same folder, flushed to disk, then renamed.
+def copied(state: Any) -> Any:  # noqa: ANN401 (whatever a checkpoint holds)
+    """A copy of all tensors in the host's memory, and of the dicts and lists that hold them: the state of now."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [copied(value) for value in state]
+    return state
 
-    UserError where the disk is full or the folder can't be written; the file that was there before stays as it was.
+
+def save(state: dict[str, Any], path: Path, keep: int = 1) -> int:
+    """Write a checkpoint: to a temporary file in the same folder, flushed to disk, then renamed -> its bytes.
+
+    keep: of how many writings the files are kept, this one and those before it, as previous-1.pt (the newest) and so
+    on. UserError where the disk is full or the folder can't be written; the file of before then stays as it was.
     """
-    # By way of memory: torch's zip writer turns a failed write into an error of its own.
-    content = io.BytesIO()
-    _write(state, content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for left_by_killed in path.parent.glob(f".{path.name}.*.tmp"):
             left_by_killed.unlink(missing_ok=True)
         with temporary.open("wb") as file:
-            file.write(content.getbuffer())
+            _write(state, file)
             file.flush()
             os.fsync(file.fileno())
+            written = file.tell()
+        if keep > 1:
+            _make_room(path, keep)
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -61,6 +78,27 @@ def save(state: dict[str, Any], path: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+    return written
+
+
+def _make_room(path: Path, keep: int) -> None:
+    """Make the file that is about to be replaced the first of the previous ones; at no moment there is none."""
+    for number, older in reversed(list(enumerate(previous(path.parent), start=1))):
+        if number + 1 < keep and path.exists():
+            older.replace(path.with_name(PREVIOUS.format(number + 1)))
+        elif number >= keep or path.exists():
+            older.unlink()
+    if path.exists():
+        try:
+            path.with_name(PREVIOUS.format(1)).hardlink_to(path)
+        except OSError:  # a file system without hard links
+            path.replace(path.with_name(PREVIOUS.format(1)))
+
+
+def previous(folder: Path) -> list[Path]:
+    """The files of a run folder that were its last.pt before, the newest first."""
+    numbers = [re.fullmatch(r"previous-(\d+)\.pt", path.name) for path in folder.glob("previous-*.pt")]
+    return [folder / found[0] for found in sorted(filter(None, numbers), key=lambda found: int(found[1]))]
 
 
 def size(state: dict[str, Any]) -> int:
@@ -82,7 +120,9 @@ class _Counter(io.BytesIO):
 
 
 def _write(state: dict[str, Any], file: IO[bytes]) -> None:
-    torch.save({"format": FORMAT, **state}, file)
+    sealing = Sealing(file)
+    torch.save({"format": FORMAT, "sealed": True, **state}, cast("IO[bytes]", sealing))
+    sealing.finish()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -142,6 +182,40 @@ def _is_plain_config(config: object) -> bool:
         elif not isinstance(node, str | int | float | None):
             return False
     return not nodes
+
+
+@dataclass(frozen=True)
+class Newest:
+    """What resume=auto goes on from."""
+
+    path: Path
+    state: dict[str, Any]
+    damaged: dict[Path, str]
+    """The files that were passed over, and why."""
+
+
+def newest(folder: Path) -> Newest | None:
+    """The newest whole checkpoint of a run folder; None where it holds none. UserError where all are damaged."""
+    found: Newest | None = None
+    damaged: dict[Path, str] = {}
+    for path in [folder / LAST, *previous(folder), folder / BEST]:
+        if not path.exists():
+            continue
+        try:
+            state = load(path)
+        except UserError as error:
+            damaged[path] = str(error)
+            continue
+        if found is None or state["step"] > found.state["step"]:
+            found = Newest(path, state, damaged)
+        if path.name == LAST:
+            break
+    if damaged and not found:
+        raise UserError(
+            f"{folder} holds no whole checkpoint: {'; '.join(damaged.values())}. To start anew, give another "
+            "hydra.run.dir, or remove these files."
+        )
+    return found
 
 
 def is_own(state: object) -> bool:

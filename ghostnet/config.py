@@ -54,6 +54,9 @@ class TrainConfig:
     sweep: str | None = None
     rerun: str | None = None
     """Runs of version 0.2 had none of the three."""
+    keep: PositiveInt = 2
+    force: bool = False
+    """Nor had runs of version 0.3 these two."""
 
 
 @dataclass
@@ -167,28 +170,43 @@ def unresolved(cfg: DictConfig) -> Config:
     return {str(key): value for key, value in container.items()}
 
 
-# What must stay the same within a run, with the global batch; the rest may change: epochs, learning rate, threads,
-# devices, where the data lie.
-FIXED = (
-    *("seed", "accumulate", "ema_decay", "amp._target_", "optim._target_", "schedule.cooldown_epochs"),
-    *("model._target_", "model.width", "model.num_classes", "model.freeze"),
-    *("data.dataset._target_", "data.image_size", "sync_bn"),
+# What a checkpoint's content is made for.
+BUILT = (
+    *("amp._target_", "optim._target_", "model._target_", "model.width", "model.num_classes", "model.freeze"),
+    *("sync_bn",),
 )
+# What must stay the same within a run too, with the global batch; the rest may change: epochs, learning rate, threads,
+# devices, where the data lie.
+FIXED = ("seed", "accumulate", "ema_decay", "schedule.cooldown_epochs", "data.dataset._target_", "data.image_size")
 
 
 def check_same_run(saved: Config, config: Config) -> None:
-    """ConfigError with the differences where a checkpoint's config is of another run than the one to go on."""
+    """ConfigError with the differences where a checkpoint's config is of another run than the one to go on.
+
+    With force=true only where the checkpoint's content can't be that run's.
+    """
     then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
+    force = now.get("force")
+    unfit = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in BUILT if then.get(key) != now.get(key)]
+    averages = [values.get("ema_decay") for values in (then, now)]
+    if force and bool(averages[0]) != bool(averages[1]):
+        unfit.append("ema_decay was {}, is {}".format(*averages))
     differ = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in FIXED if then.get(key) != now.get(key)]
     batches = [values["data.batch_size"] * values["device.count"] for values in (then, now)]
     if batches[0] != batches[1]:
         way_out = same_batch(batches[0], now["device.count"], 1)
         differ.append(f"data.batch_size × device.count was {batches[0]}, is {batches[1]} ({way_out.rstrip('.')})")
-    if differ:
-        raise ConfigError(
-            f"resume: the checkpoint is of another run: {'; '.join(differ)}. Repeat its settings, or start a new run "
-            "from its weights with model.weights=PATH."
-        )
+    if unfit:
+        differ = unfit if force else unfit + differ
+        even = "The checkpoint's content is made for these, so force=true does not help. " if force else ""
+    elif differ and not force:
+        even = "Go on all the same with force=true. "
+    else:
+        return
+    raise ConfigError(
+        f"resume: the checkpoint is of another run: {'; '.join(differ)}. {even}Repeat its settings, or start a new run "
+        "from its weights with model.weights=PATH."
+    )
 
 
 def same_batch(global_batch_size: int, ranks: int, accumulate: int) -> str:
@@ -200,15 +218,19 @@ def same_batch(global_batch_size: int, ranks: int, accumulate: int) -> str:
     return f"Give data.batch_size={size}, which keeps it."
 
 
+UNTOLD = ("resume", "logger", "keep", "force")
+
+
 def changes(saved: Config, config: Config) -> list[str]:
     """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'; loggers change no run."""
     then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
-    keys = [key for key in now if then.get(key) != now[key] and key.partition(".")[0] not in ("resume", "logger")]
+    keys = [key for key in now if then.get(key) != now[key] and key.partition(".")[0] not in UNTOLD]
     return [f"{key} was {then.get(key)}, is {now[key]}" for key in keys]
 
 
 HARMLESS = (
     *("resume", "sweep", "rerun", "baseline", "log_every", "save_every", "logger.", "data.root", "data.dataset.root"),
+    *("keep", "force"),
     *("data.workers", "data.cache_val", "data.eval_batch_size", "device.kind", "device.ids"),
 )
 """What a run may be repeated with and stay the same experiment; a prefix ends with a dot."""

@@ -63,9 +63,10 @@ def settle(checked: Checked, words: Sequence[str]) -> Place:
             raise ConfigError(f"resume={resume}: {resume} does not exist. Give a checkpoint file or a run folder.")
         home = path if path.is_dir() else path.parent
         folder = folder if given else home
-        if path.is_file() and path.name != "last.pt" and folder.resolve() == home.resolve():
+        newer = home / "last.pt"
+        if path.is_file() and path.name != newer.name and newer.exists() and folder.resolve() == home.resolve():
             raise ConfigError(
-                f"resume={path}: going on from there would overwrite the later {home / 'last.pt'}. Resume that one, or "
+                f"resume={path}: going on from there would overwrite the later {newer}. Resume that one, or "
                 "give the run another hydra.run.dir."
             )
         given = True

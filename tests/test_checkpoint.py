@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     torch.testing.assert_close(loaded.pop("optimizer"), STATE["optimizer"], rtol=0, atol=0)
     torch.testing.assert_close(loaded.pop("model"), STATE["model"], rtol=0, atol=0)
     assert loaded.pop("format") == checkpoint.FORMAT
+    assert loaded.pop("sealed")
     assert loaded == {key: value for key, value in STATE.items() if key not in ("model", "optimizer")}
     assert names(tmp_path) == ["last.pt"]
 
@@ -234,3 +236,98 @@ def test_a_checkpoint_that_is_not_there_is_named_with_what_is(tmp_path):
         checkpoint.find(tmp_path, checkpoint.LAST)
     with pytest.raises(UserError, match=r"elsewhere\.pt does not exist"):
         checkpoint.find(tmp_path / "elsewhere.pt", checkpoint.LAST)
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    whole = path.read_bytes()
+    for place in [*range(0, len(whole), 41), *range(len(whole) - 120, len(whole))]:
+        for content in (whole[:place], whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :]):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=r"last\.pt"):
+                checkpoint.load(path)
+    path.write_bytes(whole)
+    assert checkpoint.load(path)["step"] == 7
+
+
+def test_a_checkpoint_is_a_zip_archive_and_one_without_checksum_is_still_read(tmp_path):
+    checkpoint.save(STATE, tmp_path / "last.pt")
+    with zipfile.ZipFile(tmp_path / "last.pt") as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"ghostnet sha256 ")
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 7
+    torch.save({"format": checkpoint.FORMAT, **STATE}, tmp_path / "of version 0.3.pt")
+    assert checkpoint.load(tmp_path / "of version 0.3.pt")["step"] == 7
+
+
+def test_the_last_saves_are_kept_and_no_more(tmp_path):
+    for step in range(1, 6):
+        checkpoint.save(STATE | {"step": step}, tmp_path / "last.pt", keep=3)
+    steps = {name: checkpoint.load(tmp_path / name)["step"] for name in names(tmp_path)}
+    assert steps == {"last.pt": 5, "previous-1.pt": 4, "previous-2.pt": 3}
+    checkpoint.save(STATE | {"step": 6}, tmp_path / "last.pt", keep=2)
+    steps = {name: checkpoint.load(tmp_path / name)["step"] for name in names(tmp_path)}
+    assert steps == {"last.pt": 6, "previous-1.pt": 5}
+
+
+def test_where_there_are_no_hard_links_the_one_before_is_kept_by_its_name(tmp_path, monkeypatch):
+    def refused(self, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    for step in (1, 2, 3):
+        checkpoint.save(STATE | {"step": step}, tmp_path / "last.pt", keep=2)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
+    assert checkpoint.load(tmp_path / "previous-1.pt")["step"] == 2
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_named(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    for step, name in ((9, "last.pt"), (7, "previous-1.pt"), (5, "previous-2.pt"), (6, "best.pt")):
+        checkpoint.save(STATE | {"step": step}, tmp_path / name)
+    found = checkpoint.newest(tmp_path)
+    assert (found.path.name, found.damaged) == ("last.pt", {})
+    for name, expected in (("last.pt", "previous-1.pt"), ("previous-1.pt", "best.pt"), ("best.pt", "previous-2.pt")):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+        found = checkpoint.newest(tmp_path)
+        assert found.path.name == expected
+        assert found.state["step"] == {"previous-1.pt": 7, "best.pt": 6, "previous-2.pt": 5}[expected]
+        assert tmp_path / name in found.damaged
+    (tmp_path / "previous-2.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds no whole checkpoint: .*last\.pt.*previous-2\.pt is empty"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_writer_that_keeps_some_leaves_whole_files_alone_wherever_it_is_killed(tmp_path):
+    lines = in_a_process(
+        """
+        import random
+        folder = Path(sys.argv[1])
+        draw, step = random.Random(1), 0
+        for round in range(25):
+            read_end, write_end = os.pipe()
+            child = os.fork()
+            if not child:
+                os.close(read_end)
+                while True:
+                    step += 1
+                    checkpoint.save(state(step), folder / "last.pt", keep=3)
+                    os.write(write_end, b"%d\\n" % step)
+            os.close(write_end)
+            with os.fdopen(read_end, "rb") as pipe:
+                first = pipe.readline()
+                time.sleep(draw.uniform(0, 0.03))
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                finished = int((first + pipe.read()).split()[-1])
+            found = checkpoint.newest(folder)
+            assert found.state["step"] in (finished, finished + 1) and not found.damaged
+            before = [checkpoint.load(path)["step"] for path in checkpoint.previous(folder)]
+            assert before == sorted(before, reverse=True) and len(before) <= 2, before
+            step = found.state["step"]
+        print(step)
+        """,
+        tmp_path,
+    )
+    assert int(lines[-1]) > 25

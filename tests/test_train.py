@@ -87,8 +87,9 @@ def test_a_run_leaves_config_metrics_result_checkpoints_and_log(run: Run, tmp_pa
     assert done.stderr == ""
     folder = tmp_path / "here"
     left = {path.name for path in folder.iterdir()}
-    own = {".hydra", ".lock", "config.yaml", "run.json", "metrics.jsonl", "result.json", "train.log"}
-    assert left - {"code.diff"} == own | {"last.pt", "best.pt"}
+    own = {".hydra", ".lock", "config.yaml", "metrics.jsonl", "result.json", "run.json", "train.log"}
+    own |= {"last.pt", "previous-1.pt", "best.pt"}
+    assert left - {"code.diff"} == own
     overrides = (folder / ".hydra" / "overrides.yaml").read_text()
     assert all(word in overrides for word in TINY)
     found = result(folder)

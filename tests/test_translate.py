@@ -204,7 +204,7 @@ def test_what_did_nothing_there_is_told():
 def test_what_has_no_home_here_is_told_with_the_reason():
     found = dict(about("python main.py /data --tta 3 --checkpoint-hist 5 --eval-metric loss --opt radam", NONE))
     assert "no augmentation of evaluation images" in found["--tta 3"]
-    assert "best.pt and last.pt" in found["--checkpoint-hist 5"]
+    assert "as many as keep says" in found["--checkpoint-hist 5"]
     assert found["--eval-metric loss"]
     assert "fused_sgd" in found["--opt radam"]
 

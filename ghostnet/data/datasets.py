@@ -262,15 +262,25 @@ def relabel(labels: Labels, classes: list[str], known: list[str]) -> Labels:
     return np.array([position[name] for name in classes], np.int64)[labels]
 
 
-def check_same_data(classes: list[str], count: int, train: Dataset) -> None:
-    """UserError where a run can't go on because its training data had other classes or another number of images."""
-    if classes != train.classes or count != len(train):
-        other = ", not all the same" if len(classes) == len(train.classes) else ""
-        raise UserError(
-            f"resume: the checkpoint was trained on {count:,} images of {len(classes)} classes, and these are "
-            f"{len(train):,} of {len(train.classes)}{other}. Give the run's own data.root, or start a new run from its "
-            "weights with model.weights=PATH."
-        )
+def check_same_data(classes: list[str], count: int, train: Dataset, force: bool = False) -> str:
+    """UserError where the training data of the run to go on with had other classes or another number of images.
+
+    force: only where it had another number of classes -> what differs, '' where nothing does.
+    """
+    if classes == train.classes and count == len(train):
+        return ""
+    as_many = len(classes) == len(train.classes)
+    difference = (
+        f"the checkpoint was trained on {count:,} images of {len(classes)} classes, and these are "
+        f"{len(train):,} of {len(train.classes)}{', not all the same' if as_many and classes != train.classes else ''}"
+    )
+    if force and as_many:
+        return difference
+    way_out = "or force=true to go on all the same, " if as_many else ""
+    raise UserError(
+        f"resume: {difference}. Give the run's own data.root, {way_out}"
+        "or start a new run from its weights with model.weights=PATH."
+    )
 
 
 def check_same_classes(train: Dataset, val: Dataset) -> None:

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ghostnet import seal
 from ghostnet.errors import UserError
 from ghostnet.models.claims import bounded, check_legacy, check_safetensors, check_zip
 from ghostnet.models.ghostnet import LAST_CHANNELS, STEM_CHANNELS, GhostNet
@@ -29,10 +30,15 @@ NUMPY_LETTERS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "b1": "?
 
 
 def read_file(path: str | Path) -> Any:  # noqa: ANN401 - a file holds what it holds
-    """Read a file of torch.save or safetensors, whatever its name, onto the CPU. UserError if unsafe or unreadable."""
+    """Read a file of torch.save or safetensors, whatever its name, onto the CPU. UserError if unsafe or unreadable.
+
+    Where it has a checksum, as ours have, its content must agree with it.
+    """
     path = Path(path)
     head = _head(path)
     try:
+        if (whole := seal.is_whole(path)) is False:
+            raise UserError(_damaged(path))
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             with bounded(size):
@@ -40,7 +46,12 @@ def read_file(path: str | Path) -> Any:  # noqa: ANN401 - a file holds what it h
                     check_safetensors(file, size)
                     return safetensors.torch.load(path.read_bytes())
                 if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
-                    return _torch_file(file, size, head)
+                    content = _torch_file(file, size, head)
+                    if whole is None and isinstance(content, dict) and content.get("sealed"):
+                        raise UserError(_damaged(path))
+                    return content
+    except UserError:
+        raise
     except Exception as error:  # the bytes of a torn file decide what is raised
         raise UserError(_explain(path, error)) from error
     raise UserError(
@@ -134,6 +145,14 @@ def _head(path: Path) -> bytes:
     if not head:
         raise UserError(f"{path} is empty: download or copy it again")
     return head
+
+
+def _damaged(path: Path) -> str:
+    others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other.name != path.name))
+    return (
+        f"{path} is damaged: its content is not what its checksum says. Copy it again"
+        f"{f', or take another of {path.parent}: {others}' if others else ''}"
+    )
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -28,7 +28,7 @@ def recipe(case: Case) -> Findings:
 
 
 def run_folder(case: Case) -> Findings:
-    """Whether the run folder can be written and holds two checkpoints, and what the run would go on from."""
+    """Whether the run folder can be written and holds its checkpoints, and what the run would go on from."""
     from ghostnet import checkpoint
 
     folder, resume = case.place().folder.absolute(), case.cfg["resume"]
@@ -40,8 +40,9 @@ def run_folder(case: Case) -> Findings:
         checkpoint.find(resume, checkpoint.LAST)
     # fp32 weights, their average, one moment (SGD) or two.
     copies = 1 + (case.cfg["ema_decay"] > 0) + (1 if "sgd" in case.cfg["optim"]["_target_"] else 2)
-    need, free = 2 * 4 * copies * case.parameters, shutil.disk_usage(place).free
-    what = f"{free / GIB:,.2f} GiB free in {place}, {need / GIB:,.2f} GiB for best.pt and last.pt"
+    files = 2 + case.cfg["keep"]  # best.pt, and the one that is being written
+    need, free = files * 4 * copies * case.parameters, shutil.disk_usage(place).free
+    what = f"{free / GIB:,.2f} GiB free in {place}, {need / GIB:,.2f} GiB for {files} checkpoints"
     if free < max(need, GIB):
         yield Finding(needed(free < need), what, "free some space, or another folder with hydra.run.dir=…")
     else:

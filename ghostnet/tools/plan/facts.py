@@ -178,10 +178,12 @@ class Survey:
 def _start(cfg: Config, folder: Path) -> int:
     """The step that the job goes on from: of the checkpoint that train.py would take."""
     resume = "auto" if cfg["sweep"] else cfg["resume"]  # a sweep with a name goes on by itself
-    if resume is None or (resume == "auto" and not (folder / checkpoint.LAST).exists()):
+    if resume is None:
         return 0
-    path = folder / checkpoint.LAST if resume == "auto" else checkpoint.find(resume, checkpoint.LAST)
-    return int(checkpoint.load(path)["step"])
+    if resume == "auto":
+        found = checkpoint.newest(folder)
+        return int(found.state["step"]) if found else 0
+    return int(checkpoint.load(checkpoint.find(resume, checkpoint.LAST))["step"])
 
 
 def _evaluations(cfg: Config, epochs: int, done: int) -> int:

@@ -70,7 +70,14 @@ class Job:
     @property
     def disk(self) -> int:
         """Bytes that it leaves behind."""
-        return 2 * self.facts.checkpoint + self.metrics
+        return (1 + self.kept) * self.facts.checkpoint + self.metrics
+
+    @property
+    def kept(self) -> int:
+        """How many files of its last saves are kept, beside best.pt."""
+        every = self.cfg["save_every"]
+        saves: int = self.facts.epochs + (self.facts.total_steps // every if every else 0)
+        return min(int(self.cfg["keep"]), saves)
 
     @property
     def metrics(self) -> int:

@@ -99,9 +99,11 @@ def _memory(facts: Facts) -> list[str]:
 
 def _disk(job: Job) -> list[str]:
     facts, cfg = job.facts, job.cfg
+    before = f" and {job.kept - 1} before it (keep={cfg['keep']})" if job.kept > 1 else ""
     lines = [
-        f"{size(2 * facts.checkpoint)}: best.pt and last.pt, {facts.checkpoint:,} bytes each; "
-        f"{size(3 * facts.checkpoint)} while one of them is replaced; metrics.jsonl about {size(job.metrics)}; "
+        f"{size((1 + job.kept) * facts.checkpoint)}: best.pt, last.pt{before}, "
+        f"{facts.checkpoint:,} bytes each; {size((2 + job.kept) * facts.checkpoint)} while one of them is replaced; "
+        f"metrics.jsonl about {size(job.metrics)}; "
         f"{size(job.free)} are free there"
     ]
     if cfg["data"].get("cache_val"):

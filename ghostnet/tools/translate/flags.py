@@ -140,7 +140,7 @@ FLAGS = (
     _home("--resume", "str", None, "resume"),
     _home("--output", "str", None, "hydra.run.dir"),
     _gone("none", "--no-resume-opt", "switch", "a run goes on with its optimizer; weights alone: model.weights=FILE"),
-    _gone("none", "--checkpoint-hist", "int", "a run keeps best.pt and last.pt"),
+    _gone("none", "--checkpoint-hist", "int", "a run keeps best.pt, and of its last saves as many as keep says"),
     _gone("none", "--eval-metric", "str", "the best epoch is that of the best Acc@1", "top1"),
     _gone("none", "--tta", "int", "no augmentation of evaluation images", 0),
     _gone("none", "--save-images", "switch", "batches are not written as pictures"),
