@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ghostnet import rerun
-from ghostnet.config import Config, flat, resolved, unresolved
+from ghostnet.composing import Composer
+from ghostnet.config import Config, flat, unresolved
 from ghostnet.errors import ConfigError
 from ghostnet.groups import CONF, groups, options
 from ghostnet.overrides import check_command
 from ghostnet.sweeps import register
+from ghostnet.words import is_choice, parsed
 
 ALONE = "hydra.mode=RUN"
 """Has an experiment that sweeps run one job."""
@@ -87,22 +87,42 @@ def way(words: list[str], config: Config, target: Config, hints: list[str]) -> W
     return Way([*found, *([ALONE] if sweeps else [])], left, None, drifted)
 
 
+def _has(config: Config, word: str) -> bool:
+    """Whether a config has the key that a word sets, or the word chooses an option."""
+    override = parsed(word)
+    node: Any = config
+    elsewhere = is_choice(override) or override.key_or_group.startswith("hydra.")
+    for part in [] if elsewhere else override.key_or_group.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return bool(config)
+
+
+def _parents(word: str) -> list[str]:
+    """The nodes that hold the key of a word: a, a.b of a.b.c=1."""
+    parts = parsed(word).key_or_group.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
 class _Search:
     """Composes commands, each only once."""
 
     def __init__(self, words: list[str], target: Config) -> None:
         self.words, self.target = words, target
         self.values = dict(flat(target))
+        self.composer = Composer("train")
         self.known: dict[tuple[str, ...], Config | str] = {}
 
     def config(self, more: list[str]) -> Config:
-        """The config of the command with more words; ConfigError where there is none."""
+        """The config of the command with more words; ConfigError where one of them has no place in it."""
         key = tuple(more)
         if key not in self.known:
-            try:
-                self.known[key] = resolved(compose("train", overrides=[*self.words, *more]))
-            except (HydraException, OmegaConfBaseException) as error:
-                self.known[key] = str(error).splitlines()[0]
+            words = [*self.words, *more]
+            job = self.composer.job(words)
+            nulls = {parsed(word).key_or_group for word in more if word.endswith("=null")}
+            lost = [word for word in words if not _has(job.config, word) and not nulls & set(_parents(word))]
+            self.known[key] = job.config if not lost else f"{lost[0]}: no such key."
         found = self.known[key]
         if isinstance(found, str):
             raise ConfigError(found)
