@@ -104,7 +104,7 @@ def previous(folder: Path) -> list[Path]:
 def size(state: dict[str, Any]) -> int:
     """How many bytes save() would write, nothing written."""
     counter = _Counter()
-    _write(state, counter)
+    _write(copied(state), counter)
     return counter.count
 
 

@@ -70,6 +70,9 @@ def settle(checked: Checked, words: Sequence[str]) -> Place:
                 "give the run another hydra.run.dir."
             )
         given = True
+    for job in checked.jobs:
+        if job["baseline"]:
+            baseline(job["baseline"])
     if multirun and given:
         _check_settings(checked, folder, key)
     if not multirun:

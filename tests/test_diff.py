@@ -93,6 +93,7 @@ def test_a_group_is_chosen_where_that_is_shorter(one, other, expected):
     assert way(one, config(one), config(other), other).words == expected
 
 
+@pytest.mark.slow
 def test_two_real_runs_and_the_command_that_is_told_trains_the_second_again(run, tiny_data, tmp_path):
     words = [*TINY, f"data.root={tiny_data}", "epochs=1"]
     other = [*words, "optim=sgd", "optim.lr=2", "data.batch_size=64", "schedule=linear"]

@@ -650,6 +650,7 @@ def test_a_run_folder_that_can_not_be_used_is_red(tmp_path, page):
 def test_to_go_on_without_a_folder_is_red_in_the_words_of_train_py(tmp_path, page):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.pt").touch()
+    (tmp_path / "run" / "last.pt").touch()
     for word, told in (
         ("resume=auto", "resume=auto goes on in a folder: give it, hydra.run.dir=…"),
         (f"resume={tmp_path}/run/best.pt", "going on from there would overwrite the later"),

@@ -16,6 +16,8 @@ from ghostnet.errors import UserError
 from ghostnet.models.weights import read_file, read_weights
 from tests.conftest import REPOSITORY, Run
 
+pytestmark = pytest.mark.slow
+
 SEED = os.environ.get("FUZZ_SEED", "0")
 """Another one tries others; what they find is kept below, as it is."""
 COUNTS = {"checkpoints": 10_000, "shards": 10_000, "pictures": 10_000, "words": 10_000, "commands": 40}

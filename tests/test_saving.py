@@ -137,6 +137,7 @@ def kill_while_saving(words, cwd, folder, saves):
     return bool(torn(folder))
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_ends_in_the_same_bits(run, tmp_path, tiny_data):
     words = [*TINY, *HARD, f"data.root={tiny_data}", "log_every=1", "save_every=1"]
     assert run("train.py", *words, "hydra.run.dir=whole").returncode == 0
@@ -207,6 +208,7 @@ def test_another_seed_is_refused_unless_forced_and_another_model_always(run, tmp
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_the_same_samples(run, tmp_path, tiny_data, order):
     """BatchNorm stands still, so that nothing but a step's samples decides its loss."""
     words = [*TINY, f"data.root={tiny_data}", "log_every=1", "model.freeze=true", "model.dropout=0"]

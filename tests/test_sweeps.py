@@ -184,6 +184,7 @@ def test_a_sweep_killed_anywhere_and_repeated_ends_like_one_that_was_not(run, tm
     assert_same_sweeps(tmp_path / "multirun" / "whole", tmp_path / "multirun" / "cut", JOBS)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_of_two_jobs_at_once_leaves_no_process_and_goes_on(run, tmp_path, tiny_data):
     words = ["-m", *TINY, f"data.root={tiny_data}", LRS, *JOBLIB, "save_every=3"]
     assert run("train.py", *words, "sweep=whole").returncode == 0
@@ -328,6 +329,7 @@ def test_a_value_is_written_as_hydra_reads_it(value):
     assert OverridesParser.create().parse_override(f"key={as_word(value)}").value() == value
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_with_the_same_trials(run, tmp_path, tiny_data):
     words = ["-m", *TINY, f"data.root={tiny_data}", *SPACE]
     assert run("train.py", *words, "sweep=whole").returncode == 0

@@ -372,7 +372,7 @@ def test_a_sweep_without_faults_exits_with_0(run: Run, tmp_path: Path, tiny_data
     done = run("train.py", "-m", *TINY, f"data.root={tiny_data}", "epochs=1", "optim.lr=0.2,0.4")
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "multirun").glob("*/*")
-    assert {path.name for path in sweep.iterdir()} == {"optim.lr=0.2", "optim.lr=0.4", "multirun.yaml"}
+    assert {path.name for path in sweep.iterdir()} == {"optim.lr=0.2", "optim.lr=0.4", "multirun.yaml", ".lock"}
 
 
 def test_two_runs_in_one_second_get_folders_of_their_own(tmp_path: Path, tiny_data: Path) -> None:

@@ -80,6 +80,7 @@ def test_an_artifact_is_downloaded_once_and_evaluates_and_trains_as_its_file_doe
     assert "weights: wandb://me/p/ghostnet-1:best" in (tmp_path / "there" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_same_file(run: Run, stand_in: Program, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "epochs=1"]
     assert run("train.py", *words, "hydra.run.dir=here").returncode == 0
@@ -113,7 +114,7 @@ def test_what_can_t_be_had_is_told_in_one_message_before_torch_is_loaded(
     key = "ckpt" if program == "evaluate.py" else "model.weights"
     done = stand_in(program, f"{key}=wandb://{address}", "data=samples", TORN="1")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert done.stderr.startswith(f"error: wandb://{address}")
+    assert done.stderr.startswith(f"error: {key}=wandb://{address}")
     assert told in done.stderr
     assert not (tmp_path / "outputs").exists()
     assert not list(tmp_path.glob("cache/ghostnet/wandb/**/*.pt"))
@@ -126,6 +127,7 @@ def test_what_can_t_be_had_is_told_in_one_message_before_torch_is_loaded(
         ({"WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "can't be reached within 20 s"),
     ],
 )
+@pytest.mark.slow
 def test_without_a_login_or_a_network_real_wandb_says_so_in_one_message(
     tmp_path: Path, env: dict[str, str], told: str
 ) -> None:

@@ -22,6 +22,8 @@ from tests.conftest import REPOSITORY, TINY, Run, environment
 from tests.wandb_file import recorded, records
 from tests.wandb_server import Server
 
+pytestmark = pytest.mark.slow
+
 KEY = "x" * 40
 LONG = ["epochs=20", "eval_every=20", "logger=wandb", "logger.wandb.timeout=3"]
 """A run of long enough that W&B is there for most of it."""

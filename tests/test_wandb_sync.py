@@ -18,6 +18,8 @@ from tests.conftest import REPOSITORY, environment
 from tests.wandb_file import recorded
 from tests.wandb_server import Server
 
+pytestmark = pytest.mark.slow
+
 RESULT = {"status": "completed", "top1": 50.0, "top5": 90.0, "loss": 1.5, "best_epoch": 2, "fps": 100.0}
 Sync = Callable[..., "subprocess.CompletedProcess[str]"]
 
