@@ -78,7 +78,7 @@ def test_its_numbers_are_those_of_the_run(name, run, tiny_data, tmp_path):
     row = 0 if result["best_epoch"] == result["epochs"] else 192
     assert 0 <= (folder / "last.pt").stat().st_size - plan["checkpoint_bytes"] <= row
     assert abs(plan["checkpoint_bytes"] - (folder / "best.pt").stat().st_size) <= 192
-    assert plan["memory_bytes"] == pytest.approx(max(result["memory"]), rel=0.3)
+    assert plan["memory_bytes"] == pytest.approx(max(result["memory"]), rel=0.45)
 
 
 def test_memory_is_affine_in_the_batch_and_counts_a_tensor_once():
