@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,9 @@ class _Sweep(Sweeper):
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
 
+    @abstractmethod
     def run(self, parsed: list[Override]) -> None:
         """Run what is not done."""
-        raise NotImplementedError
 
 
 class Grid(_Sweep):
