@@ -17,12 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ghostnet import jobs, launch
 from ghostnet.config import Config, build, build_model, check, resolved, unresolved
+from ghostnet.door.overrides import given_keys
+from ghostnet.door.words import first_line
 from ghostnet.errors import ConfigError, UserError, explain
-from ghostnet.overrides import given_keys
-from ghostnet.wandb_artifact import located
-from ghostnet.words import first_line
+from ghostnet.experiments import jobs, launch
+from ghostnet.wandb.artifact import located
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from ghostnet import folders, jobs, launch, record
 from ghostnet.config import build, build_model, changes, check_same_run, same_batch
 from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
+from ghostnet.experiments import folders, jobs, launch, record
 
 if TYPE_CHECKING:
     from ghostnet.data.loader import EvalLoader
@@ -57,8 +57,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
     from ghostnet.signals import Interrupted, StopSignal
-    from ghostnet.wandb_artifact import located
-    from ghostnet.wandb_logger import ID_FILE
+    from ghostnet.wandb.artifact import located
+    from ghostnet.wandb.logger import ID_FILE
 
     cfg, folder, console = job.cfg, job.folder, ConsoleLogger(not ranks.is_main, job.prefix)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
@@ -285,7 +285,7 @@ def _is_hopeless(folder: Path, row: "Row") -> bool:
     """Whether a trial of a search need not go on; no other run is told so."""
     if not (folder / "trial.json").exists():
         return False
-    from ghostnet.search import hopeless
+    from ghostnet.experiments.search import hopeless
 
     return hopeless(folder, row["epoch"], row["ema/top1" if "ema/top1" in row else "eval/top1"])
 

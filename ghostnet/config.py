@@ -7,9 +7,9 @@ from typing import Any, Literal
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.conflicts import conflicts
+from ghostnet.door.conflicts import conflicts
+from ghostnet.door.groups import targets
 from ghostnet.errors import ConfigError
-from ghostnet.groups import targets
 from ghostnet.schema import (
     Fault,
     Fraction,

@@ -367,8 +367,8 @@ def word(rng: random.Random) -> str:
 
 def words(folder: Path) -> Try:
     """Each by itself: whether it is a word, what it names, what is wrong with it."""
-    from ghostnet.overrides import _hydra, _well_formed
-    from ghostnet.words import group_fault, is_choice, parsed
+    from ghostnet.door.overrides import _hydra, _well_formed
+    from ghostnet.door.words import group_fault, is_choice, parsed
 
     def trial(rng: random.Random) -> object:
         text = word(rng)
@@ -395,8 +395,8 @@ def words(folder: Path) -> Try:
 
 def commands(folder: Path) -> Try:
     """Several words through the whole door, with what they name looked for."""
-    from ghostnet.overrides import examine, refuse
-    from ghostnet.presence import Presence
+    from ghostnet.door.overrides import examine, refuse
+    from ghostnet.door.presence import Presence
 
     os.chdir(folder)
 

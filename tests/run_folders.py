@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ghostnet.overrides import Checked, check_command
+from ghostnet.door.overrides import Checked, check_command
 
 HYDRA = "hydra:\n  runtime:\n    version: 1.3.2\n    choices:\n{}      hydra/launcher: basic\n  verbose: false\n"
 BASE = ("data=samples", "device=cpu")

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ghostnet import config, groups, overrides
+from ghostnet import config
+from ghostnet.door import groups, overrides
+from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError
 from ghostnet.models.ghostnet import GhostNet
 from ghostnet.optim import Timeline
-from ghostnet.words import quoted
 from tests.conftest import REPOSITORY, Run
 
 GROUPS = [(group, option) for group in groups.groups() for option in groups.options(group)]

@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from ghostnet.config import flat
+from ghostnet.door.overrides import check_command
 from ghostnet.errors import UserError
-from ghostnet.overrides import check_command
 from ghostnet.tools.diff import compare
 from ghostnet.tools.diff.folder import read
 from ghostnet.tools.diff.words import differ, way

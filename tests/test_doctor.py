@@ -20,9 +20,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
 from ghostnet.config import TrainConfig, resolved
-from ghostnet.folders import Place
-from ghostnet.groups import CONF
-from ghostnet.overrides import Checked
+from ghostnet.door.groups import CONF
+from ghostnet.door.overrides import Checked
+from ghostnet.experiments.folders import Place
 from ghostnet.tools.doctor import __main__ as doctor
 from ghostnet.tools.doctor import data, machine, run, software
 from ghostnet.tools.doctor.finding import FAIL, OK, WARN, Case, Finding, fresh_python
@@ -52,7 +52,7 @@ def page(monkeypatch, capsys):
     def told(*words, checks=None):
         with monkeypatch.context() as patch:
             if checks:
-                patch.setattr("ghostnet.overrides.check_command", composed)
+                patch.setattr("ghostnet.door.overrides.check_command", composed)
             patch.setattr(doctor, "CHECKS", checks or (never,))
             code = doctor.main(list(words))
         return code, unwrapped(capsys.readouterr().out)

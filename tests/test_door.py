@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hydra import compose
 
-from ghostnet import drivers, groups, manual, overrides
-from ghostnet.composing import Composer
 from ghostnet.config import resolved
+from ghostnet.door import drivers, groups, manual, overrides
+from ghostnet.door.composing import Composer
 from ghostnet.errors import ConfigError
 from tests.conftest import REPOSITORY, environment
 

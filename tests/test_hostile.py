@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 
-from ghostnet import record, secrets
+from ghostnet import secrets
 from ghostnet.data.datasets import ImageFolder, read_idx
 from ghostnet.data.decode import picture
 from ghostnet.errors import SampleError, UserError
+from ghostnet.experiments import record
 from tests.conftest import REPOSITORY, TINY, Run, environment
 from tests.test_decode import encoded, png_of_size
 

@@ -17,9 +17,9 @@ import scipy.stats
 from conftest import REPOSITORY, TINY, Run, environment
 from run_folders import make_run, make_thousand
 
-from ghostnet import results
-from ghostnet.confidence import over_seeds, student_t
-from ghostnet.runs import find, read
+from ghostnet.experiments import results
+from ghostnet.experiments.confidence import over_seeds, student_t
+from ghostnet.experiments.runs import find, read
 from ghostnet.tools.leaderboard.curves import curves
 
 ACCURACIES = {(0.2, 1): 71.0, (0.2, 2): 73.0, (0.2, 3): 72.5, (0.4, 1): 80.0, (0.4, 2): 81.0}

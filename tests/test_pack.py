@@ -22,8 +22,8 @@ from PIL import Image
 from ghostnet.data.datasets import ImageFolder
 from ghostnet.data.decode import Pixels, picture
 from ghostnet.data.shards import Shards
+from ghostnet.door.overrides import check_command
 from ghostnet.errors import ConfigError, UserError
-from ghostnet.overrides import check_command
 from ghostnet.tools.pack import plan
 from ghostnet.tools.pack.__main__ import pack
 from ghostnet.tools.pack.pictures import packed

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ghostnet.config import build, build_model
-from ghostnet.overrides import check_command
+from ghostnet.door.overrides import check_command
 from ghostnet.tools.plan import curve, memory
 from ghostnet.tools.plan.__main__ import main
 from ghostnet.tools.plan.sources import differences

@@ -187,7 +187,7 @@ def test_a_target_that_is_not_there_is_told(target, message):
 def test_reading_a_signature_imports_nothing_of_the_module():
     before = set(sys.modules)
     signature.cache_clear()
-    signature("ghostnet.wandb_logger.Wandb")
+    signature("ghostnet.wandb.logger.Wandb")
     assert "wandb" not in set(sys.modules) - before
 
 

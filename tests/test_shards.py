@@ -18,8 +18,8 @@ from ghostnet.data import shards
 from ghostnet.data.datasets import ImageFolder, check_same_classes
 from ghostnet.data.shards import Index, Shards
 from ghostnet.data.tars import ROW, scan
+from ghostnet.door.overrides import check_command
 from ghostnet.errors import SampleError, UserError
-from ghostnet.overrides import check_command
 from ghostnet.tools.pack.__main__ import pack
 
 

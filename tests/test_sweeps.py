@@ -16,10 +16,10 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from ghostnet import grid, record, workers
 from ghostnet.errors import ConfigError
-from ghostnet.rerun import as_word
-from ghostnet.search import JOURNAL, STUDY, TRIAL, distribution, hopeless, open_study
+from ghostnet.experiments import grid, record, workers
+from ghostnet.experiments.rerun import as_word
+from ghostnet.experiments.search import JOURNAL, STUDY, TRIAL, distribution, hopeless, open_study
 from tests.conftest import REPOSITORY, TINY, environment
 from tests.test_train import assert_same_state, result, rows, stop_after
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from ghostnet.config import flat
+from ghostnet.door.overrides import check_command
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import check_command
 from ghostnet.tools.translate.command import ITSELF, NONE, NOTE, NOTHING, WARNING, translate
 from ghostnet.tools.translate.flags import FLAGS, RECIPE, SCRIPTS
 from ghostnet.tools.translate.inverse import reference

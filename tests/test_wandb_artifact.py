@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ghostnet.errors import ConfigError
-from ghostnet.wandb_artifact import is_artifact
+from ghostnet.wandb.artifact import is_artifact
 from tests.conftest import REPOSITORY, TINY, Run, environment
 
 # A module named wandb that stands before the real one: artifacts are folders below $ARTIFACTS.

@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from ghostnet.loggers import RunInfo
-from ghostnet.wandb_logger import Wandb, described, sweep_name
-from ghostnet.wandb_recorder import Lines, history_step, state
+from ghostnet.wandb.logger import Wandb, described, sweep_name
+from ghostnet.wandb.recorder import Lines, history_step, state
 from tests.conftest import REPOSITORY, TINY, Run, environment
 from tests.wandb_file import recorded, records
 from tests.wandb_server import Server

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ghostnet.wandb_recorder import history_step
+from ghostnet.wandb.recorder import history_step
 from tests.conftest import REPOSITORY, environment
 from tests.wandb_file import recorded
 from tests.wandb_server import Server

@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ghostnet import record
 from ghostnet.errors import ConfigError, UserError, explain
+from ghostnet.experiments import record
 from ghostnet.schema import faults, signature
-from ghostnet.wandb_logger import ID_FILE, Options, check, in_force, request
-from ghostnet.wandb_process import Recorder
-from ghostnet.wandb_recorder import state
+from ghostnet.wandb.logger import ID_FILE, Options, check, in_force, request
+from ghostnet.wandb.process import Recorder
+from ghostnet.wandb.recorder import state
 
 CONF = Path(__file__).parent.parent.parent / "conf"
 AT_ONCE = 4
@@ -103,7 +103,7 @@ class Sender:
             node["entity"], node["project"], _ = path.split("/")
         node |= self.given | {"mode": self.mode}
         node.pop("_target_")
-        if found := faults(node, signature("ghostnet.wandb_logger.Wandb"), ""):
+        if found := faults(node, signature("ghostnet.wandb.logger.Wandb"), ""):
             raise ConfigError("; ".join(fault.text for fault in found))
         options = Options(**node)
         check(options, self.mode)
@@ -154,7 +154,7 @@ def found(words: list[str]) -> Iterator[Path]:
     for word in words:
         root = Path(word).expanduser()
         if not root.is_dir():
-            keys = " ".join(f"{key}=…" for key in signature("ghostnet.wandb_logger.Wandb"))
+            keys = " ".join(f"{key}=…" for key in signature("ghostnet.wandb.logger.Wandb"))
             raise ConfigError(f"{word}: no folder, and none of {keys}")
         runs = sorted(path.parent for path in root.rglob("metrics.jsonl"))
         if not runs:
@@ -167,7 +167,7 @@ def given_options(words: list[str]) -> dict[str, Any]:
     node = OmegaConf.to_container(OmegaConf.from_dotlist(words))
     assert isinstance(node, dict)
     given = {str(key): value for key, value in node.items()}
-    parameters = signature("ghostnet.wandb_logger.Wandb")
+    parameters = signature("ghostnet.wandb.logger.Wandb")
     if wrong := faults(given, {key: parameters[key] for key in given}, ""):
         raise ConfigError("\n       ".join(fault.text for fault in wrong))
     if given.get("mode") == "disabled":
@@ -180,7 +180,7 @@ def sync(words: list[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    keys = signature("ghostnet.wandb_logger.Wandb")
+    keys = signature("ghostnet.wandb.logger.Wandb")
     options = [word for word in words if word.partition("=")[0] in keys and "=" in word]
     given = given_options(options)
     runs = list(dict.fromkeys(found([word for word in words if word not in options])))

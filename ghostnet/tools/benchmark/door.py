@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ghostnet.config import Config, TrainConfig
+from ghostnet.door.groups import groups
+from ghostnet.door.overrides import check_command
 from ghostnet.errors import ConfigError
-from ghostnet.groups import groups
-from ghostnet.overrides import check_command
 from ghostnet.schema import did_you_mean
 from ghostnet.tools.benchmark.peers import PEERS
 

@@ -9,9 +9,9 @@ import shlex
 import sys
 from typing import Any
 
-from ghostnet import rerun
 from ghostnet.config import flat
 from ghostnet.errors import UserError
+from ghostnet.experiments import rerun
 from ghostnet.loggers import jsonable
 from ghostnet.schema import did_you_mean
 from ghostnet.tools.diff import compare

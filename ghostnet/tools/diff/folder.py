@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import record
 from ghostnet.config import Config, resolved
 from ghostnet.errors import UserError
-from ghostnet.rerun import own_words
+from ghostnet.experiments import record
+from ghostnet.experiments.rerun import own_words
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import Any
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import rerun
-from ghostnet.composing import Composer
 from ghostnet.config import Config, flat, unresolved
+from ghostnet.door.composing import Composer
+from ghostnet.door.groups import CONF, groups, options
+from ghostnet.door.overrides import check_command
+from ghostnet.door.words import is_choice, parsed
 from ghostnet.errors import ConfigError
-from ghostnet.groups import CONF, groups, options
-from ghostnet.overrides import check_command
-from ghostnet.sweeps import register
-from ghostnet.words import is_choice, parsed
+from ghostnet.experiments import rerun
+from ghostnet.experiments.sweeps import register
 
 ALONE = "hydra.mode=RUN"
 """Has an experiment that sweeps run one job."""

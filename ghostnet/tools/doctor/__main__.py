@@ -37,9 +37,9 @@ def examine(words: list[str]) -> Findings:
     if any(finding.status == FAIL for finding in base):
         yield from base
         return
+    from ghostnet.door.overrides import check_command
     from ghostnet.errors import ConfigError
-    from ghostnet.folders import settle
-    from ghostnet.overrides import check_command
+    from ghostnet.experiments.folders import settle
 
     own = [word for word in words if word.startswith("images=")]
     try:

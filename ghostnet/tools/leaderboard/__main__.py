@@ -19,8 +19,8 @@ differ. Its words, in any order:
 import os
 import sys
 
-from ghostnet import results
 from ghostnet.errors import ConfigError, explain
+from ghostnet.experiments import results
 from ghostnet.tools.leaderboard import formats, query
 from ghostnet.tools.leaderboard.words import Words, check
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ghostnet.results import HEADINGS, Row, number
-from ghostnet.runs import METRICS
+from ghostnet.experiments.results import HEADINGS, Row, number
+from ghostnet.experiments.runs import METRICS
 
 COLUMNS = ("top1", "fps", "time")
 """The numbers that a table for people has."""

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ghostnet import results
-from ghostnet.confidence import student_t
+from ghostnet.experiments import results
+from ghostnet.experiments.confidence import student_t
+from ghostnet.experiments.results import Row, shown
+from ghostnet.experiments.runs import METRICS, Run
 from ghostnet.loggers import jsonable
-from ghostnet.results import Row, shown
-from ghostnet.runs import METRICS, Run
 from ghostnet.tools.leaderboard.curves import curves
 
 HERE = Path(__file__).parent

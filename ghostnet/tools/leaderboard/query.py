@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghostnet.errors import ConfigError
-from ghostnet.results import Row, shown
-from ghostnet.runs import METRICS, Run
+from ghostnet.experiments.results import Row, shown
+from ghostnet.experiments.runs import METRICS, Run
 from ghostnet.schema import did_you_mean
 
 ORDERS: dict[str, Callable[[float, float], bool]] = {

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ghostnet import manual
 from ghostnet.config import Config
+from ghostnet.door import manual
+from ghostnet.door.overrides import check_command
+from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError, UserError, explain
-from ghostnet.overrides import check_command
-from ghostnet.words import quoted
 
 if TYPE_CHECKING:
     from ghostnet.tools.pack.writer import Part

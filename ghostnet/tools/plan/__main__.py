@@ -23,16 +23,16 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ghostnet import launch
 from ghostnet.config import Config
+from ghostnet.door.overrides import Checked
+from ghostnet.door.overrides import examine as examine_command
+from ghostnet.door.presence import Presence
 from ghostnet.errors import ConfigError, explain
-from ghostnet.folders import Place
-from ghostnet.jobs import say
-from ghostnet.overrides import Checked
-from ghostnet.overrides import examine as examine_command
-from ghostnet.presence import Presence
-from ghostnet.record import is_done
-from ghostnet.rerun import expanded
+from ghostnet.experiments import launch
+from ghostnet.experiments.folders import Place
+from ghostnet.experiments.jobs import say
+from ghostnet.experiments.record import is_done
+from ghostnet.experiments.rerun import expanded
 from ghostnet.tools.plan import door
 
 if TYPE_CHECKING:

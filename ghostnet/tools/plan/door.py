@@ -9,10 +9,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ghostnet.config import Config, TrainConfig, flat
+from ghostnet.door.groups import CONF, groups
+from ghostnet.door.overrides import Checked
 from ghostnet.errors import ConfigError
-from ghostnet.grid import jobs_at_the_door, words_of
-from ghostnet.groups import CONF, groups
-from ghostnet.overrides import Checked
+from ghostnet.experiments.grid import jobs_at_the_door, words_of
 from ghostnet.schema import did_you_mean, fields
 
 OWN = ("fps", "measure", "plot", "json")

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.config import Config, flat, resolved, unresolved
-from ghostnet.groups import CONF
+from ghostnet.door.groups import CONF
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ghostnet.config import flat, unresolved
+from ghostnet.door.groups import CONF
+from ghostnet.door.overrides import check_command
+from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError
-from ghostnet.groups import CONF
-from ghostnet.overrides import check_command
-from ghostnet.sweeps import register
+from ghostnet.experiments.sweeps import register
 from ghostnet.tools.translate.flags import OPTIMIZERS, OWN_OF, SCRIPTS
 from ghostnet.tools.translate.shell import UNKNOWN, Line
-from ghostnet.words import quoted
 
 NOTHING, ITSELF, NONE, WARNING, NOTE = "did nothing there", "here by itself", "no home here", "warning", "note"
 HEADINGS = {"nothing": NOTHING, "itself": ITSELF, "none": NONE}

@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 from ghostnet.config import Config, flat
-from ghostnet.overrides import check_command
+from ghostnet.door.overrides import check_command
 from ghostnet.tools.translate.command import IMAGES_PER_LR
 from ghostnet.tools.translate.flags import FLAGS, SCRIPTS
 

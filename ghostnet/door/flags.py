@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from ghostnet import manual
+from ghostnet.door import manual
 from ghostnet.schema import did_you_mean
 
 

@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ghostnet.config import Config, check, flat, resolved, unresolved
-from ghostnet.groups import CONF, groups, options
-from ghostnet.origins import Origins, Source
+from ghostnet.door.groups import CONF, groups, options
+from ghostnet.door.origins import Origins, Source
+from ghostnet.door.words import first_line, group_fault, has_key, is_choice, parsed, unknown_key
 from ghostnet.schema import Fault, did_you_mean
-from ghostnet.words import first_line, group_fault, has_key, is_choice, parsed, unknown_key
 
 ERRORS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError, ValueError, TypeError)
 """What composing raises for faults of a user; the last two for numbers in the place of options."""

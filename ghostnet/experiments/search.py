@@ -15,9 +15,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from ghostnet import record
 from ghostnet.errors import ConfigError
-from ghostnet.grid import SweepJob, job_name, space_of
+from ghostnet.experiments import record
+from ghostnet.experiments.grid import SweepJob, job_name, space_of
 
 STUDY = "ghostnet"
 JOURNAL = "optuna.journal"

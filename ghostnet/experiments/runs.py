@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ghostnet.config import flat
-from ghostnet.record import is_locked
+from ghostnet.experiments.record import is_locked
 
 FILES = {"config.yaml", "run.json", "result.json"}
 """A folder with one of these is a run's."""

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ghostnet.drivers import card_without_bf16
+from ghostnet.door.drivers import card_without_bf16
 from ghostnet.schema import Fault, show
 
 Values = dict[str, Any]

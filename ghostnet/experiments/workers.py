@@ -29,7 +29,7 @@ def tell_workers(program: str, words: list[str]) -> None:
     os.environ[COMMAND] = json.dumps([program, *words])
     os.environ[LAUNCHER] = str(os.getpid())
     # They import this project from wherever the command was given.
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parent.parent.parent)
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if root not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, *paths]))

@@ -17,7 +17,7 @@ import ghostnet
 from ghostnet import secrets
 from ghostnet.errors import ConfigError, UserError
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 FILE, DIFF, LOCK = "run.json", "code.diff", ".lock"
 PACKAGES = ("torch", "torchvision", "torch_npu", "numpy", "pillow", "simplejpeg", "hydra-core", "omegaconf", "wandb")
 LARGEST = 1 << 20

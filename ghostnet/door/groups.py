@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = Path(__file__).parent.parent.parent / "conf"
 
 
 @dataclass(frozen=True)

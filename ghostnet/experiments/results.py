@@ -11,8 +11,8 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from ghostnet.confidence import Mean, over_seeds
-from ghostnet.runs import METRICS, Run, find, read
+from ghostnet.experiments.confidence import Mean, over_seeds
+from ghostnet.experiments.runs import METRICS, Run, find, read
 
 HEADINGS = {"top1": "Acc@1", "top5": "Acc@5", "loss": "loss", "fps": "FPS", "time": "time"}
 LESS_IS_BETTER = ("loss", "time")

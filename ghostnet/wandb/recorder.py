@@ -1,4 +1,4 @@
-"""The process beside a run that sends its rows to Weights & Biases: python -m ghostnet.wandb_recorder.
+"""The process beside a run that sends its rows to Weights & Biases: python -m ghostnet.wandb.recorder.
 
 The first line of its standard input is a request as JSON; it then follows the run folder's metrics.jsonl until another
 line brings the result, or until the end of the input tells that the run is gone. What it has to say is JSON lines. As a

@@ -12,13 +12,13 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet.composing import ERRORS, Composer, Look
 from ghostnet.config import Config
+from ghostnet.door.composing import ERRORS, Composer, Look
+from ghostnet.door.groups import CONF
+from ghostnet.door.words import OPTIONAL, first_line, parsed
 from ghostnet.errors import ConfigError
-from ghostnet.grid import SweepJob, jobs_at_the_door, words_of
-from ghostnet.groups import CONF
-from ghostnet.sweeps import plugin_faults, register
-from ghostnet.words import OPTIONAL, first_line, parsed
+from ghostnet.experiments.grid import SweepJob, jobs_at_the_door, words_of
+from ghostnet.experiments.sweeps import plugin_faults, register
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ghostnet import manual, record, workers
-from ghostnet.composing import Look
 from ghostnet.config import flat
+from ghostnet.door import manual
+from ghostnet.door.composing import Look
+from ghostnet.door.flags import arguments
+from ghostnet.door.overrides import Checked, examine, refuse
+from ghostnet.door.presence import Presence
+from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError, PeerFailed, UserError, explain
-from ghostnet.flags import arguments
-from ghostnet.folders import Place, claim, settle
-from ghostnet.grid import OPTUNA
-from ghostnet.jobs import Run, command_line, entered, failed, say, terminated, there
-from ghostnet.overrides import Checked, examine, refuse
-from ghostnet.presence import Presence
-from ghostnet.rerun import expanded
+from ghostnet.experiments import record, workers
+from ghostnet.experiments.folders import Place, claim, settle
+from ghostnet.experiments.grid import OPTUNA
+from ghostnet.experiments.jobs import Run, command_line, entered, failed, say, terminated, there
+from ghostnet.experiments.rerun import expanded
 from ghostnet.secrets import NAME, found_in
-from ghostnet.words import quoted
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
@@ -192,7 +193,7 @@ def _check_ranks(checked: Checked, ranks: "Ranks | None") -> None:
 
 def print_table(folder: Path) -> None:
     """All jobs of a sweep folder, best first, with the settings in which they differ; then those over seeds as one."""
-    from ghostnet import results
+    from ghostnet.experiments import results
 
     runs = results.collect([folder])
     for grouped, title in ((False, "best first"), (True, "over seeds, with 95 % confidence")):

@@ -18,13 +18,13 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import record, workers
+from ghostnet.door.groups import CONF
+from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError
-from ghostnet.grid import OPTUNA, SweepJob, grid, words_of
-from ghostnet.groups import CONF
+from ghostnet.experiments import record, workers
+from ghostnet.experiments.grid import OPTUNA, SweepJob, grid, words_of
 from ghostnet.schema import Fault, NonNegativeInt, PositiveInt, fields, signature
 from ghostnet.schema import faults as schema_faults
-from ghostnet.words import quoted
 
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -65,8 +65,8 @@ def plugin_faults(hydra: DictConfig) -> list[str]:
 def _values(hydra: DictConfig) -> list[str]:
     """What is wrong with the values of our sweepers, and of joblib's launcher; others check their own."""
     known = {
-        BASIC: ("sweeper", signature("ghostnet.sweeps.Grid")),
-        OPTUNA: ("sweeper", signature("ghostnet.sweeps.Search")),
+        BASIC: ("sweeper", signature("ghostnet.experiments.sweeps.Grid")),
+        OPTUNA: ("sweeper", signature("ghostnet.experiments.sweeps.Search")),
         JOBLIB: ("launcher", fields(Joblib)),
     }
     found: list[Fault] = []
@@ -177,6 +177,6 @@ class Search(_Sweep):
 
     def run(self, parsed: list[Override]) -> None:
         """Go on with the study until it has its trials."""
-        from ghostnet.search import search
+        from ghostnet.experiments.search import search
 
         search(self, parsed)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghostnet.groups import CONF, lines
+from ghostnet.door.groups import CONF, lines
 
 COMMAND = "the command"
 

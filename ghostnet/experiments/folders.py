@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ghostnet.config import Config, check_same_run, flat, same_experiment, unresolved
+from ghostnet.door.overrides import Checked
 from ghostnet.errors import ConfigError
-from ghostnet.overrides import Checked
 
 LARGEST = 1 << 20
 """Bytes of a run's config."""

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.config import OWN_SCHEMAS, flat, unresolved
-from ghostnet.groups import CONF, groups, options
+from ghostnet.door.groups import CONF, groups, options
 from ghostnet.schema import Fault, did_you_mean
 
 OPTIONAL = ("experiment", "local")

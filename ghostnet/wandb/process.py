@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ghostnet.wandb_recorder import Request
+from ghostnet.wandb.recorder import Request
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 
 
 class Recorder:
@@ -30,7 +30,7 @@ class Recorder:
         # A service of its own, whatever wandb does in this process.
         own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ghostnet.wandb_recorder"],
+            [sys.executable, "-P", "-m", "ghostnet.wandb.recorder"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -10,12 +10,12 @@ from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from ghostnet.config import Config, flat
-from ghostnet.conflicts import lacks
+from ghostnet.door.conflicts import lacks
+from ghostnet.door.groups import targets
 from ghostnet.errors import ConfigError, UserError
-from ghostnet.folders import baseline
-from ghostnet.groups import targets
+from ghostnet.experiments.folders import baseline
 from ghostnet.schema import Fault
-from ghostnet.wandb_artifact import SCHEME, located
+from ghostnet.wandb.artifact import SCHEME, located
 
 HERE = ("hydra._internal.core_plugins.basic_launcher.", "hydra_plugins.hydra_joblib_launcher.")
 """The launchers whose jobs run on this machine."""

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from ghostnet.errors import ConfigError
 from ghostnet.loggers import Row, RunInfo, say
 from ghostnet.schema import Positive
-from ghostnet.wandb_process import Recorder
-from ghostnet.wandb_recorder import Request
+from ghostnet.wandb.process import Recorder
+from ghostnet.wandb.recorder import Request
 
 ID_FILE = "wandb_id"
 FORBIDDEN = set("/\\#?%:")

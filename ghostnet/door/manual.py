@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ghostnet.groups import CONF, Line, groups, heading, hydra_groups, lines, options
+from ghostnet.door.groups import CONF, Line, groups, heading, hydra_groups, lines, options
 
 WIDTH = 118
 NAME = 34

@@ -18,13 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import record, secrets, workers
+from ghostnet import secrets
 from ghostnet.config import Config, resolved, unresolved
+from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError, SampleError, UserError, explain
-from ghostnet.folders import check_resume, leave_no_empty_run
-from ghostnet.rerun import note as rerun_note
-from ghostnet.rerun import own_words
-from ghostnet.words import quoted
+from ghostnet.experiments import record, workers
+from ghostnet.experiments.folders import check_resume, leave_no_empty_run
+from ghostnet.experiments.rerun import note as rerun_note
+from ghostnet.experiments.rerun import own_words
 
 if TYPE_CHECKING:
     from ghostnet.distributed import Ranks

@@ -7,12 +7,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import ListConfig
 
-from ghostnet import record
 from ghostnet.config import HARMLESS, Config, flat
+from ghostnet.door.overrides import check_command, given_keys
+from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError
-from ghostnet.folders import read_yaml, saved_config
-from ghostnet.overrides import check_command, given_keys
-from ghostnet.words import quoted
+from ghostnet.experiments import record
+from ghostnet.experiments.folders import read_yaml, saved_config
 
 OWN = ("resume", "sweep", "rerun")
 """Of the command that ran, not of the run."""

@@ -1,0 +1,1 @@
+"""The experiments around a training: runs, sweeps, searches, and what comes of them."""
