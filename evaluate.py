@@ -12,6 +12,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
+import ghostnet  # noqa: F401 (tells what is not installed)  # isort: skip
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ghostnet  # noqa: F401 (tells what is not installed)  # isort: skip
 import hydra
 from omegaconf import DictConfig
 

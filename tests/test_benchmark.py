@@ -112,6 +112,7 @@ def test_step_measures_whole_steps_of_ours_and_of_timm(told):
     check(result, page, ["ours", "timm"])
 
 
+@pytest.mark.slow
 def test_evaluate_finds_the_accuracy_of_timm_to_the_digit(told, run, tiny_data, tmp_path):
     words = [*TINY, f"data.root={tiny_data}", "model.width=0.5", "epochs=5", "schedule.cooldown_epochs=0", "optim.lr=2"]
     assert run("train.py", *words, "hydra.run.dir=run").returncode == 0

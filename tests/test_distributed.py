@@ -402,6 +402,7 @@ def test_a_broken_picture_on_one_rank_ends_the_run_with_its_path_and_saves_what_
     assert saved == max((row["step"] for row in rows(tmp_path / "here")), default=0)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_four_jobs_of_two_ranks_leaves_no_process_and_no_port(tmp_path, tiny_data):
     words = ["-m", *TINY, "epochs=1", f"data.root={tiny_data}", *TWO, "optim.lr=1,2", "seed=1,2"]
     process = start(*words, "hydra.sweep.dir=sweep", cwd=tmp_path)
@@ -457,6 +458,7 @@ def torchrun(port, node, words, cwd):
     )
 
 
+@pytest.mark.slow
 def test_two_machines_under_torchrun_train_the_bits_of_two_launched_ranks(run, tmp_path, tiny_data):
     words = [*TINY, f"data.root={tiny_data}", "data.batch_size=16", "hydra.run.dir=joined"]
     (tmp_path / "second").mkdir()

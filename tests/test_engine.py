@@ -159,6 +159,7 @@ def test_two_epochs_are_a_plain_loop_bit_for_bit(feeder, optimizer, accumulate, 
     assert not torch.equal(model.bn1.weight, ghostnet().bn1.weight)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_trains_like_an_eager_one_and_compiling_it_changes_nothing(feeder):
     train_loader, eval_loader = loaders(feeder)
     eager, compiled = begin(ghostnet(dropout=0.0)), begin(ghostnet(dropout=0.0))

@@ -300,6 +300,7 @@ def test_light_and_dark_follow_the_system_or_the_choice(browser: Browser, file: 
             assert values(page, back) == "rgb(15, 17, 21)"
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_make_a_page_below_5_mb_that_sorts_within_200_ms(browser: Browser, tmp_path: Path) -> None:
     make_thousand(tmp_path / "runs", 1000, rows=400)
     done = leaderboard(tmp_path / "runs", f"html={tmp_path / 'board.html'}", "seeds=each")

@@ -115,6 +115,7 @@ def test_names_that_a_file_system_can_not_have_are_kept_apart():
     assert len({grid.job_name(each) for each in long}) == 2
 
 
+@pytest.mark.slow
 def test_a_repeated_sweep_does_what_is_not_done(run, tmp_path, tiny_data):
     words = ["-m", *TINY, f"data.root={tiny_data}", "epochs=1", "sweep=lr"]
     assert run("train.py", *words, "optim.lr=1,1e30").returncode == 1
@@ -209,6 +210,7 @@ def test_a_stopped_sweep_of_two_jobs_at_once_saves_both(tmp_path, tiny_data):
     assert "completed" not in statuses(sweep).values()
 
 
+@pytest.mark.slow
 def test_jobs_at_once_have_cpus_of_their_own(run, tmp_path, tiny_data):
     words = ["-m", *TINY, f"data.root={tiny_data}", "optim.lr=1,2", "epochs=1", *JOBLIB, "sweep=two"]
     done = run("train.py", *words)
@@ -294,6 +296,7 @@ def test_what_reproduces_a_run_is_in_its_folder(run, tmp_path, tiny_data):
     assert told["hardware"]["cpus"] >= 1
 
 
+@pytest.mark.slow
 def test_rerun_repeats_a_job_of_a_sweep_to_the_bit(run, tmp_path, tiny_data):
     words = ["-m", *TINY, f"data.root={tiny_data}", "epochs=1", "optim.lr=1,2", "seed=5,6", "sweep=lr"]
     assert run("train.py", *words).returncode == 0

@@ -100,7 +100,8 @@ def _guarded(job: Job, run: Run, sweep: bool) -> float | None:
                 return float(record.result(folder)["top1"])
             return _recorded(job, run, sweep)
     except Interrupted as stop:
-        say(f"{job.prefix}{stop}: {folder / 'last.pt'} is saved. To go on:\n  {going_on(folder)}")
+        kept = f"{folder / 'last.pt'} is saved" if (folder / "last.pt").exists() else "it had not begun to train"
+        say(f"{job.prefix}{stop}: {kept}. To go on:\n  {going_on(folder)}")
         if entered:
             raise SystemExit(128 + stop.signum) from None
         workers.stopped.append(stop.signum)

@@ -4,8 +4,9 @@
   python -m ghostnet.tools.benchmark step     data.batch_size=32          whole training steps over synthetic data
   python -m ghostnet.tools.benchmark evaluate data.root=/data/imagenet    evaluate.py
   python -m ghostnet.tools.benchmark train    data.root=/data/imagenet    train.py, one epoch
-  python -m ghostnet.tools.benchmark start                                train.py to its first step, --help, a typo
+  python -m ghostnet.tools.benchmark start                                train.py to its first step, --help, faults
   python -m ghostnet.tools.benchmark sweep                                what a job of a sweep costs beside its run
+  python -m ghostnet.tools.benchmark results                              the leaderboard over a thousand runs
   python -m ghostnet.tools.benchmark scale    device=npu_8p               train.py on 1, 2, 4, … devices
 
 Ours and, where they are installed, timm, torchvision, webdataset and SPDL (pip install timm …), each in a process of
@@ -47,16 +48,16 @@ from ghostnet.tools.benchmark.door import Case
 from ghostnet.tools.benchmark.peers import absent
 from ghostnet.tools.benchmark.subject import Failed, Metrics, Subject, measure
 
-UNITS = {"start": "seconds", "sweep": "seconds"}
+UNITS = {"start": "seconds", "sweep": "seconds", "results": "seconds"}
 """Of what is compared; images/s elsewhere."""
 
 
 def chosen(case: Case, place: Path) -> tuple[list[Subject], dict[str, str]]:
     """What a command measures, and the peers that it leaves out, with the reason."""
-    from ghostnet.tools.benchmark import data, loader, peers, programs, step
+    from ghostnet.tools.benchmark import boards, data, loader, peers, programs, step
 
     own, cfg, name = case.own, case.cfg, case.benchmark
-    wanted = [] if name in ("scale", "sweep") else [p for p in own.peers if name == "loader" or p == "timm"]
+    wanted = [] if name in ("scale", "sweep", "results") else [p for p in own.peers if name == "loader" or p == "timm"]
     left_out = {peer: reason for peer in wanted if (reason := absent(peer))}
     if name == "loader":
         folder = None if data.kind_of(cfg) == "Shards" else data.folder(cfg, None, place / "data")
@@ -67,6 +68,8 @@ def chosen(case: Case, place: Path) -> tuple[list[Subject], dict[str, str]]:
         return step.scale(case.words, cfg["data"]["batch_size"], list(own.counts or _counts(cfg))), left_out
     if name == "sweep":
         return programs.sweep(case.words), {}
+    if name == "results":
+        return boards.results(case.words, place), {}
     if wanted and not left_out and (reason := programs.fits_timm(cfg)):
         left_out["timm"] = reason
     timm = bool(wanted) and not left_out

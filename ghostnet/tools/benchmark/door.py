@@ -17,12 +17,13 @@ OWN = {
     "evaluate": ("ckpt", "images"),
     "start": ("timm",),
     "sweep": (),
+    "results": (),
     "scale": ("counts",),
     "train": ("timm", "images"),
 }
 """The benchmarks, and the words that each has beside those of all."""
 COMMON = ("rounds", "json", "report", "peers")
-KINDS = "{loader,step,evaluate,start,sweep,scale,train}"
+KINDS = "{loader,step,evaluate,start,sweep,results,scale,train}"
 FORM = f"python -m ghostnet.tools.benchmark {KINDS} [its words] [the words of train.py]"
 
 

@@ -162,10 +162,12 @@ def _timm_words(cfg: dict[str, Any], root: Path, num_classes: int, first: bool) 
 
 
 def start(cfg: dict[str, Any], words: list[str], timm: Path | None, peers: bool, place: Path) -> list[Subject]:
-    """Seconds to help, to the config, to the message about a typo, and to the first optimizer step."""
+    """Seconds to help, to the config, to the messages about faults, and to the first optimizer step."""
     near = _command("train.py --help", ["--help"])
     subjects = [near, _command("train.py --cfg job", ["--cfg", "job", *words])]
     subjects += [_command("train.py with a typo", ["optim.lrr=1", *words], may_fail=True)]
+    jobs = ["-m", *words, "optim.lr=range(0.1,1.1,0.1)", "seed=range(10)", "epochs=0"]
+    subjects += [_command("train.py, 100 jobs with a fault", jobs, may_fail=True)]
 
     def command(folder: Path) -> list[str]:
         return program("train.py", *words, "log_every=1", f"hydra.run.dir={folder / 'run'}")
