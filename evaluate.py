@@ -9,6 +9,11 @@
 --hydra-help tells of Hydra's own flags and settings.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until launch.enter(): no traceback of a Ctrl-C among the imports
+
 import json
 from typing import TYPE_CHECKING, Any
 

@@ -13,6 +13,11 @@ Completion in fish: python train.py --shell-completion install=fish | source; in
 autoload -Uz bashcompinit && bashcompinit. --hydra-help tells of Hydra's own flags and settings.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until launch.enter(): no traceback of a Ctrl-C among the imports
+
 import contextlib
 import functools
 import shutil

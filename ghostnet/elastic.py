@@ -91,7 +91,7 @@ def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> tu
         if not done.is_failed():
             return done.return_values[0], asked[0] if asked else 0
         (rank, failure), *_ = done.failures.items()
-        if asked and failure.exitcode == -STOP:
+        if asked and failure.exitcode in (-STOP, -signal.SIGTERM):  # the latter where it came to all processes
             raise RankStopped(asked[0])
         raise _failure(rank, failure.exitcode, folder / f"failed_{rank}.json")
     finally:

@@ -28,7 +28,7 @@ class StopSignal:
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
         self.signum, self.at = 0, 0.0
-        self.signals = [STOP] if ranks.starter == "launch" else [signal.SIGINT, signal.SIGTERM, STOP]
+        self.signals = [STOP, signal.SIGTERM] if ranks.starter == "launch" else [signal.SIGINT, signal.SIGTERM, STOP]
         if signal.getsignal(signal.SIGUSR2) not in (signal.SIG_DFL, None):
             self.signals.append(signal.SIGUSR2)  # submitit warns by it of a time limit
         self.previous: dict[int, Any] = {}

@@ -25,6 +25,23 @@ torch.set_num_threads(1)  # the tests are small: a second thread only waits
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the torture out unless it is asked for by its marker."""
+    if "torture" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("torture")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many runs were killed, and what became of them."""
+    torture = sys.modules.get("tests.torture")
+    if torture and torture.tally.killed:
+        terminalreporter.write_sep("=", "torture")
+        for line in torture.tally.lines():
+            terminalreporter.write_line(line)
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "default", "WANDB_MODE": "offline"}
 

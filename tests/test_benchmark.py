@@ -140,6 +140,21 @@ def test_start_tells_seconds_to_help_to_a_message_and_to_the_first_step(told, ti
     assert timm["ratio"] == pytest.approx(timm["median"]["seconds"] / ours["seconds"])
 
 
+@pytest.mark.slow
+def test_checkpoint_tells_what_saving_costs_the_loop(told):
+    result, page, done = told("checkpoint", *SMALL, "save_every=4", "optim.lr=0.01")
+    rows = check(result, page, ["without saving", "save_every=4"])
+    plain, saving = (row["median"] for row in rows.values())
+    assert plain["steps"] == saving["steps"] == 12
+    assert "saves" not in plain
+    assert saving["saves"] == 3
+    assert saving["save_bytes"] > 3 * 4 * 2_500_000  # weights, momentum, average
+    assert 0 < saving["save_held"] < saving["seconds"]
+    cost = rows["save_every=4"]["cost"]
+    assert cost == pytest.approx(saving["seconds"] / plain["seconds"] - 1)
+    assert f"{100 * cost:+.2f} %" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("signum", "code", "said"),
     [(signal.SIGINT, 130, "stopped, as asked.\n"), (signal.SIGTERM, 143, "SIGTERM: stopped, nothing was written.\n")],

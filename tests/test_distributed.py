@@ -322,7 +322,7 @@ def test_two_ranks_stopped_in_mid_epoch_resume_bit_exactly(run, tmp_path, tiny_d
     assert run("train.py", *words, "hydra.run.dir=whole").returncode == 0
     process = start(*words, "hydra.run.dir=cut", cwd=tmp_path)
     wait_for_step(process, tmp_path / "cut", 4)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # to all, as systemd, Slurm and a shell's `kill %1` do
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert err.startswith(f"SIGTERM: {tmp_path / 'cut' / 'last.pt'} is saved. To go on:\n  python train.py ")

@@ -35,6 +35,8 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
     Of ranks that torchrun or srun started, the main one does so; the others take their jobs from it.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Hydra's own parser wants flags before the words, or after all of them.
     words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     sys.argv[1:] = words

@@ -7,6 +7,7 @@
   python -m ghostnet.tools.benchmark start                                train.py to its first step, --help, faults
   python -m ghostnet.tools.benchmark sweep                                what a job of a sweep costs beside its run
   python -m ghostnet.tools.benchmark results                              the leaderboard over a thousand runs
+  python -m ghostnet.tools.benchmark checkpoint                           what saves cost the loop, in per cent
   python -m ghostnet.tools.benchmark scale    device=npu_8p               train.py on 1, 2, 4, … devices
 
 Ours and, where they are installed, timm, torchvision, webdataset and SPDL (pip install timm …), each in a process of
@@ -48,28 +49,24 @@ from ghostnet.tools.benchmark.door import Case
 from ghostnet.tools.benchmark.peers import absent
 from ghostnet.tools.benchmark.subject import Failed, Metrics, Subject, measure
 
-UNITS = {"start": "seconds", "sweep": "seconds", "results": "seconds"}
+UNITS = {name: "seconds" for name in ("start", "sweep", "results", "checkpoint")}
 """Of what is compared; images/s elsewhere."""
+ALONE = {"scale", "sweep", "results", "checkpoint"}
+"""Benchmarks that measure nobody else."""
 
 
 def chosen(case: Case, place: Path) -> tuple[list[Subject], dict[str, str]]:
     """What a command measures, and the peers that it leaves out, with the reason."""
-    from ghostnet.tools.benchmark import boards, data, loader, peers, programs, step
+    from ghostnet.tools.benchmark import boards, checkpoints, data, loader, peers, programs, step
 
     own, cfg, name = case.own, case.cfg, case.benchmark
-    wanted = [] if name in ("scale", "sweep", "results") else [p for p in own.peers if name == "loader" or p == "timm"]
+    wanted = [] if name in ALONE else [peer for peer in own.peers if name == "loader" or peer == "timm"]
     left_out = {peer: reason for peer in wanted if (reason := absent(peer))}
     if name == "loader":
         folder = None if data.kind_of(cfg) == "Shards" else data.folder(cfg, None, place / "data")
         there = [peer for peer in wanted if peer not in left_out]
         others, unfit = peers.loaders(cfg, folder, own.seconds, there)
         return loader.subjects(cfg, own.seconds, own.shards, others), left_out | unfit
-    if name == "scale":
-        return step.scale(case.words, cfg["data"]["batch_size"], list(own.counts or _counts(cfg))), left_out
-    if name == "sweep":
-        return programs.sweep(case.words), {}
-    if name == "results":
-        return boards.results(case.words, place), {}
     if wanted and not left_out and (reason := programs.fits_timm(cfg)):
         left_out["timm"] = reason
     timm = bool(wanted) and not left_out
@@ -78,6 +75,10 @@ def chosen(case: Case, place: Path) -> tuple[list[Subject], dict[str, str]]:
         "evaluate": lambda: programs.evaluate(cfg, case.words, own.ckpt, own.images, timm, place),
         "train": lambda: programs.train(cfg, case.words, own.timm, own.images, timm, place),
         "start": lambda: programs.start(cfg, case.words, own.timm, timm, place),
+        "scale": lambda: step.scale(case.words, cfg["data"]["batch_size"], list(own.counts or _counts(cfg))),
+        "sweep": lambda: programs.sweep(case.words),
+        "results": lambda: boards.results(case.words, place),
+        "checkpoint": lambda: checkpoints.subjects(cfg, case.words),
     }
     return make[name](), left_out
 

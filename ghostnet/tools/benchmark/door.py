@@ -9,6 +9,7 @@ from ghostnet.door.groups import groups
 from ghostnet.door.overrides import check_command
 from ghostnet.errors import ConfigError
 from ghostnet.schema import did_you_mean
+from ghostnet.tools.benchmark import checkpoints
 from ghostnet.tools.benchmark.peers import PEERS
 
 OWN = {
@@ -18,12 +19,13 @@ OWN = {
     "start": ("timm",),
     "sweep": (),
     "results": (),
+    "checkpoint": (),
     "scale": ("counts",),
     "train": ("timm", "images"),
 }
 """The benchmarks, and the words that each has beside those of all."""
 COMMON = ("rounds", "json", "report", "peers")
-KINDS = "{loader,step,evaluate,start,sweep,results,scale,train}"
+KINDS = "{loader,step,evaluate,start,sweep,results,checkpoint,scale,train}"
 FORM = f"python -m ghostnet.tools.benchmark {KINDS} [its words] [the words of train.py]"
 
 
@@ -163,8 +165,9 @@ def _writable(key: str, value: str) -> Path:
 
 def _completed(benchmark: str, words: list[str]) -> list[str]:
     """The words with what the benchmark wants: synthetic data, the quickstart."""
-    if benchmark in ("step", "scale", "sweep"):
-        return [*(word for word in words if not word.startswith(("data=", "data.root="))), "data=synthetic"]
+    if benchmark in ("step", "scale", "sweep", "checkpoint"):
+        words = [*(word for word in words if not word.startswith(("data=", "data.root="))), "data=synthetic"]
+        return [*checkpoints.WORDS, *words] if benchmark == "checkpoint" else words
     if benchmark == "start" and not any(word.startswith(("experiment=", "data=", "data.root=")) for word in words):
         return ["experiment=quickstart", *words]
     return words

@@ -43,6 +43,8 @@ def _compare(rows: list[Result]) -> None:
         timm = [other["median"]["speed"] for other in rows if other["peer"] == "timm" and other["what"] == "speed"]
         if row["peer"] is None and row["what"] == "speed" and timm:
             row["over_timm"] = row["median"]["speed"] / max(timm)
+        if "save_seconds" in row["median"]:
+            row["cost"] = row["median"]["seconds"] / ours[0]["median"]["seconds"] - 1
         if "devices" in row["median"]:
             first = ours[0]["median"]
             share = row["median"]["speed"] / row["median"]["devices"] / (first["speed"] / first["devices"])
@@ -83,6 +85,12 @@ def columns(result: Result) -> list[tuple[str, Callable[[Result], str]]]:
     found += [("ours is", share("ratio", lambda ratio: f"{ratio:.2f} × as fast"))] if _any(result, "ratio") else []
     found += [("over timm", share("over_timm", lambda ratio: f"{ratio:.2f} ×"))] if _any(result, "over_timm") else []
     found += [("efficiency", share("efficiency", lambda s: f"{100 * s:.0f} %"))] if _any(result, "efficiency") else []
+    found += [("saving costs", share("cost", lambda s: f"{100 * s:+.2f} %"))] if _any(result, "cost") else []
+    found += [
+        ("a save", cell("save_bytes", lambda size: f"{size / 1e6:,.1f} MB")),
+        ("written in", cell("save_seconds", lambda s: f"{s:.2f} s")),
+        ("of the loop's time", cell("save_held", lambda s: f"{1000 * s:.0f} ms")),
+    ][: 3 * has("save_bytes")]
     found += [("of the loop alone", cell("loop", number))] if has("loop") else []
     found += [(per, cell("cpu_seconds", number))] if has("cpu_seconds") else []
     found += [("s to compile", cell("compile_seconds", number))] if has("compile_seconds") else []
