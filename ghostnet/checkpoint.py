@@ -12,6 +12,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from ghostnet.disk import refused
 from ghostnet.errors import UserError
 from ghostnet.models.weights import is_plain, read_file
 from ghostnet.seal import Sealing
@@ -50,7 +51,7 @@ def save(state: dict[str, Any], path: Path, keep: int = 1) -> int:
     """Write a checkpoint: to a temporary file in the same folder, flushed to disk, then renamed -> its bytes.
 
     keep: of how many writings the files are kept, this one and those before it, as previous-1.pt (the newest) and so
-    on. UserError where the disk is full or the folder can't be written; the file of before then stays as it was.
+    on. StorageError where the disk is full or the folder can't be written; the file of before then stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -70,11 +71,8 @@ def save(state: dict[str, Any], path: Path, keep: int = 1) -> int:
         finally:
             os.close(folder)
     except OSError as error:
-        raise UserError(
-            f"{path} can't be written: {error.strerror}. "
-            f"{f'The {path.name} of before is kept. ' if path.exists() else ''}"
-            "Free some space, or choose another folder with hydra.run.dir=…"
-        ) from None
+        kept = f"The {path.name} of before is kept, and whole." if path.exists() else ""
+        raise refused(path, error, kept, size(state)) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

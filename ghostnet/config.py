@@ -56,7 +56,8 @@ class TrainConfig:
     """Runs of version 0.2 had none of the three."""
     keep: PositiveInt = 2
     force: bool = False
-    """Nor had runs of version 0.3 these two."""
+    stall_timeout: Positive = 1800
+    """Nor had runs of version 0.3 these three."""
 
 
 @dataclass
@@ -69,6 +70,7 @@ class EvaluateConfig:
     data: Config
     amp: Config
     device: Config
+    stall_timeout: Positive = 1800
 
 
 @dataclass
@@ -218,7 +220,7 @@ def same_batch(global_batch_size: int, ranks: int, accumulate: int) -> str:
     return f"Give data.batch_size={size}, which keeps it."
 
 
-UNTOLD = ("resume", "logger", "keep", "force")
+UNTOLD = ("resume", "logger", "keep", "force", "stall_timeout")
 
 
 def changes(saved: Config, config: Config) -> list[str]:
@@ -230,7 +232,7 @@ def changes(saved: Config, config: Config) -> list[str]:
 
 HARMLESS = (
     *("resume", "sweep", "rerun", "baseline", "log_every", "save_every", "logger.", "data.root", "data.dataset.root"),
-    *("keep", "force"),
+    *("keep", "force", "stall_timeout"),
     *("data.workers", "data.cache_val", "data.eval_batch_size", "device.kind", "device.ids"),
 )
 """What a run may be repeated with and stay the same experiment; a prefix ends with a dot."""

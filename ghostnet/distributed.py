@@ -36,13 +36,18 @@ from ghostnet.device import (
     resolve,
 )
 from ghostnet.errors import UserError
+from ghostnet.watchdog import LONG, waiting
 
 T = TypeVar("T")
 
 STOP = signal.SIGUSR1
 """What the launcher asks its ranks to end with, as a terminal's Ctrl-C reaches them all by itself."""
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others."""
+"""How long a rank waits for the others to come, and for its job."""
+ROADS = timedelta(seconds=2 * LONG)
+"""How long a collective waits, where no watchdog ends it before."""
+ANSWER = timedelta(seconds=10)
+"""How long the place where the ranks met may take to answer the watchdog."""
 BUFFERS = "forward_sync_buffers"
 """DistributedDataParallel's name for whether the main rank's buffers go to all in every step."""
 if BUFFERS not in inspect.signature(DistributedDataParallel).parameters:  # torch < 2.14
@@ -103,16 +108,17 @@ class Ranks:
             store=dist.PrefixStore(f"job {next(self.turn)}", self.store),  # type: ignore[attr-defined]
             rank=self.rank,
             world_size=self.world_size,
-            timeout=TIMEOUT,
+            timeout=ROADS,
         )
         return replace(self, reduction=Reduction(device, self.world_size))
 
-    def largest(self, value: int) -> int:
-        """The largest value of all ranks, by the hosts: no device is waited for."""
+    def largest(self, value: int, what: str = "the other ranks, to agree") -> int:
+        """The largest value of all ranks, by the hosts: no device is waited for. what: a name for this wait."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        with waiting(what, others=True):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def gather(self, value: T) -> list[T]:
@@ -120,39 +126,47 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with waiting("what the other ranks tell", others=True):
+            dist.all_gather_object(values, value)
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What make() gives on the main rank, on all of them; it is not called on the others."""
         if self.world_size == 1:
             return make()
-        box: list[Any] = [make() if self.is_main else None]
-        dist.broadcast_object_list(box, src=0)
+        box: list[Any] = [None]
+        if self.is_main:
+            with waiting("what the main rank does for all", LONG):
+                box = [make()]
+        with waiting("what the main rank tells", others=True):
+            dist.broadcast_object_list(box, src=0)
         value: T = box[0]
         return value
 
     def mean_(self, tensor: Tensor) -> None:
         """Replace a tensor on the device by its mean over the ranks."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with waiting("the mean over the ranks", others=True):
+                dist.all_reduce(tensor)
             tensor /= self.world_size
 
     def from_main_(self, tensor: Tensor) -> None:
         """Replace a tensor on the device by the main rank's."""
         if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
+            with waiting("the main rank's numbers", others=True):
+                dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.largest(0)
+        self.largest(0, "every rank to come here")
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """The main rank passes first, such as to download a file, then the others."""
         if not self.is_main:
-            self.barrier()
-        yield
+            self.largest(0, "the main rank, which passes first")
+        with waiting("the data to be found", LONG):
+            yield
         if self.is_main:
             self.barrier()
 
@@ -169,6 +183,16 @@ class Ranks:
         )
         wrapped.register_comm_hook(None, self.reduction.reduce)
         return wrapped
+
+    def board(self) -> Any:  # noqa: ANN401 (torch's Store)
+        """A connection of its own to where the ranks met, which a thread may use; None for one alone. All call it."""
+        if self.world_size == 1:
+            return None
+        place, attempt = os.environ["MASTER_ADDR"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            place, int(os.environ["MASTER_PORT"]), None, False, timeout=ANSWER, wait_for_workers=False
+        )
+        return dist.PrefixStore(f"watch {attempt}.{next(self.turn)}", store)  # type: ignore[attr-defined]
 
     def leave(self) -> None:
         """Take the roads down."""
@@ -262,9 +286,11 @@ def _first_host(nodes: str) -> str:
     if nodes and not set(nodes) & set("[,"):
         return nodes
     try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
+        )
         return listed.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+    except (OSError, subprocess.SubprocessError, IndexError):
         raise UserError(
             f"srun: the first host of {nodes!r} can't be told without scontrol. Set MASTER_ADDR to the host of rank 0."
         ) from None

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ghostnet import watchdog
 from ghostnet.distributed import STOP, Ranks, join
-from ghostnet.errors import SampleError, UserError, explain
+from ghostnet.errors import SampleError, StorageError, UserError, explain, lost_peer
 
 T = TypeVar("T")
 
@@ -57,7 +58,8 @@ def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> tu
     shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     asked: list[int] = []
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the ranks inherit it: a terminal's Ctrl-C is for this process
+    for signum in (signal.SIGINT, signal.SIGHUP):  # the ranks inherit it: what a terminal sends is for this process
+        signal.signal(signum, signal.SIG_IGN)
     try:
         context = start_processes(
             "ghostnet",
@@ -77,11 +79,10 @@ def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> tu
                         os.kill(pid, STOP)
             asked.append(signum)
 
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
-        signal.signal(STOP, ask)
-        for signum in (signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(signum, handlers[signum])
+        for signum in (signal.SIGINT, signal.SIGTERM, STOP):
+            signal.signal(signum, ask)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if handlers[signal.SIGHUP] == signal.SIG_IGN else ask)  # by nohup
+        signal.signal(signal.SIGQUIT, handlers[signal.SIGQUIT])
         try:
             while (done := context.wait(0)) is None:
                 time.sleep(POLL)
@@ -104,9 +105,29 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, STOP)
 """Those that torch's launcher or this one takes over."""
 
 
+HANGS = "hangs"
+"""The file of what the watchdogs of the ranks have found out."""
+told_to: list[Path] = []
+"""In a launched rank: the folder of what it tells the launcher."""
+
+
+def report(message: str) -> None:
+    """Tell the user why a watchdog ends this process: by the launcher, where it is one of several."""
+    if not told_to:
+        watchdog.tell(message)
+        return
+    with contextlib.suppress(OSError):
+        temporary = told_to[0] / f"{HANGS}.{os.getpid()}"
+        temporary.write_text(message)
+        temporary.replace(told_to[0] / HANGS)
+    watchdog.log.error(message)
+
+
 def _failure(rank: int, exitcode: int, report: Path) -> Exception:
     """The error of a rank, in this process."""
     who = f"rank {rank}: " if rank else ""
+    with contextlib.suppress(OSError):
+        return UserError((report.parent / HANGS).read_text())
     try:
         told = json.loads(report.read_text())
     except (OSError, ValueError):
@@ -115,7 +136,9 @@ def _failure(rank: int, exitcode: int, report: Path) -> Exception:
         return UserError(f"rank {rank} {how}, and all others were ended.{out_of_memory}")
     if told["message"] is None:
         return RuntimeError(f"rank {rank} failed:\n{told['traceback']}")
-    return (SampleError if told["sample"] else UserError)(f"{who}{told['message']}")
+    return {"SampleError": SampleError, "StorageError": StorageError}.get(told["kind"], UserError)(
+        f"{who}{told['message']}"
+    )
 
 
 def _rank(function: Callable[[Any, Ranks], T], argument: Any, folder: Path) -> T:  # noqa: ANN401 (for the function)
@@ -127,6 +150,7 @@ def _rank(function: Callable[[Any, Ranks], T], argument: Any, folder: Path) -> T
         if parent is not None and os.getppid() != parent.pid:
             os._exit(1)
     rank = int(os.environ["RANK"])
+    told_to.append(folder)
     try:
         ranks = join("launch")
         result = function(argument, ranks)
@@ -135,8 +159,8 @@ def _rank(function: Callable[[Any, Ranks], T], argument: Any, folder: Path) -> T
     except Exception as error:
         message = explain(error)
         # Where all fail alike, the main rank speaks; where this one only lost a peer, the peer does.
-        time.sleep(LATE if message is None else LATE / 2 if rank else 0)
-        told = {"message": message, "sample": isinstance(error, SampleError), "traceback": traceback.format_exc()}
+        time.sleep(LATE if message is None or lost_peer(error) else LATE / 2 if rank else 0)
+        told = {"message": message, "kind": type(error).__name__, "traceback": traceback.format_exc()}
         (folder / f"failed_{rank}.json").write_text(json.dumps(told))
         # At once: a thread that waits for a peer, or a device that hangs, would keep the process from ending.
         os._exit(1)

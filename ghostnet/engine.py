@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from ghostnet.metrics import EvalResult, LossMeter, Span, Speedometer, hits, mea
 from ghostnet.optim import Schedule, load_state
 from ghostnet.seeding import seed_step
 from ghostnet.signals import StopSignal
+from ghostnet.watchdog import LONG, waiting
 
 
 @dataclass
@@ -217,10 +219,12 @@ def _update(
         images = recipe.preprocessing.normalize(images).contiguous(memory_format=memory_format(state.device))
         images, mixed = recipe.mix(images, labels, recipe.seed, forward_pass)
         is_last = part == recipe.accumulate - 1
-        with contextlib.nullcontext() if is_last else local_gradients(state.parallel):
+        with nullcontext() if is_last else local_gradients(state.parallel):
             loss = cross_entropy(state.amp.forward(state.parallel, images), labels, mixed, recipe.label_smoothing)
             loss = loss / recipe.accumulate
-            state.amp.backward(loss)
+            # It ends once the other ranks have sent their gradients.
+            with waiting("the other ranks' gradients", others=True) if state.ranks.reduction else nullcontext():
+                state.amp.backward(loss)
         if is_last and state.ranks.reduction:
             reductions.append((state.ranks.reduction.ready, mark(state.device)))
         total += loss.detach()
@@ -246,7 +250,7 @@ def compile_step(state: TrainState, recipe: Recipe, batch_size: int, image_size:
     labels = torch.zeros(batch_size, dtype=torch.int64, device=state.device)
     try:
         for part in range(min(2, recipe.accumulate)):
-            with local_gradients(state.parallel) if part else contextlib.nullcontext():
+            with waiting("torch.compile", LONG), local_gradients(state.parallel) if part else nullcontext():
                 cross_entropy(state.amp.forward(state.parallel, images), labels, None, 0.0).backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):

@@ -13,6 +13,10 @@ class SampleError(UserError):
     """A sample of the data that can't be read, found while training goes on."""
 
 
+class StorageError(UserError):
+    """A file of the run that can't be written: a full disk, a read-only or removed folder."""
+
+
 class PeerFailed(Exception):  # noqa: N818 (the error is another rank's)
     """Another rank can't go on; it says why itself."""
 
@@ -27,4 +31,12 @@ def explain(error: Exception) -> str | None:
         return "out of memory. Give a smaller data.batch_size (accumulate=2 keeps the global batch) or eval_batch_size."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'writing'}: {error.strerror}."
+    if lost_peer(error):
+        return "another rank is gone: it failed or was killed, and what it said is above."
     return None
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether it only tells that another rank went away, in the words of gloo, HCCL, NCCL or the ranks' store."""
+    words = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection was closed")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

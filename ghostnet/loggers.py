@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ghostnet.errors import UserError
+from ghostnet.disk import refused, writing
 
 Row = dict[str, Any]
 log = logging.getLogger("ghostnet")
@@ -62,8 +63,9 @@ class JsonLines:
         if self.path.exists():
             kept = [line for line in self._rows() if self._is_past(json.loads(line), run)]
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(self.path)
+            with writing(self.path):
+                temporary.write_text("".join(kept))
+                temporary.replace(self.path)
 
     def _rows(self) -> Iterator[str]:
         for line in self.path.read_text().splitlines(keepends=True):
@@ -77,15 +79,33 @@ class JsonLines:
         return bool(row["step"] <= (run.evaluated if "eval/top1" in row else run.step))
 
     def log(self, row: Row) -> None:
-        """Append a row."""
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path} can't be written: {error.strerror}.") from None
+        """Append a row; StorageError where it can't be."""
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
 
     def finish(self, result: Row | None) -> None:
         """Nothing is left to do: every row is on disk."""
+
+
+class LogFile(logging.FileHandler):
+    """train.log: where it can't be written the run goes on, and that is said once."""
+
+    lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Say it."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and not self.lost:
+            self.lost = True
+            fault = refused(Path(self.baseFilename), error)
+            print(f"note    {fault} The run goes on without it.", file=sys.stderr, flush=True)
+        elif not isinstance(error, OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """What can't be written any more is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class Display(Progress):

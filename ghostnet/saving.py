@@ -11,6 +11,7 @@ from typing import Any
 from ghostnet import checkpoint
 from ghostnet.engine import TrainState
 from ghostnet.errors import UserError
+from ghostnet.watchdog import LONG, waiting
 
 log = logging.getLogger("ghostnet")
 
@@ -35,7 +36,7 @@ class Saver:
     def save(self, state: TrainState, *names: str) -> None:
         """Have the state as it is now written under these names; nothing where it was. All ranks call it.
 
-        Waits for the write before. UserError where that failed.
+        Waits for the write before. StorageError where that failed.
         """
         now = state.step, state.evaluated
         if now == self.saved:
@@ -62,17 +63,18 @@ class Saver:
             )
 
     def check(self) -> None:
-        """UserError where a write has failed; waits for nothing."""
+        """StorageError where a write has failed; waits for nothing."""
         if self.writing and self.writing.done():
             self._wait()
 
     def _wait(self) -> None:
         writing, self.writing = self.writing, None
         if writing:
-            writing.result()
+            with waiting("a checkpoint to be written", LONG):
+                writing.result()
 
     def flush(self, state: TrainState) -> None:
-        """Wait until all is on the disk; UserError where it can't be. All ranks call it."""
+        """Wait until all is on the disk; StorageError where it can't be. All ranks call it."""
         self._wait()
         state.ranks.barrier()
 
@@ -82,7 +84,8 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.thread.shutdown()
+        with waiting("a checkpoint to be written", LONG):
+            self.thread.shutdown()
         if error is None:
             self._wait()
         elif self.writing and (fault := self.writing.exception()):

@@ -233,7 +233,7 @@ def test_a_user_who_set_openmps_threads_keeps_them(machine, monkeypatch):
 # Whole commands
 
 
-def start(*words, cwd, **env):
+def start(*words, cwd, options=None, **env):
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *words],
         cwd=cwd,
@@ -242,6 +242,7 @@ def start(*words, cwd, **env):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        **(options or {}),
     )
 
 

@@ -498,14 +498,12 @@ def test_a_stop_in_the_middle_of_an_accumulated_step_leaves_no_trace_of_it(feede
     assert_same_bits(state.state_dict(), undisturbed.state_dict())
 
 
-def test_a_second_ctrl_c_stops_at_once_unless_it_is_the_first_ones_echo(monkeypatch):
+def test_the_echo_of_a_ctrl_c_is_no_second_one():
+    """The second one ends the process, whole commands of which are in test_faults.py."""
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        monkeypatch.setattr(stop, "ECHO", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted, match="Ctrl-C"):
             stop.check()
 
 

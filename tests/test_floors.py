@@ -8,8 +8,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 FLOORS = [
-    {"errors", "door.groups", "door.drivers", "secrets"},
-    {"schema"},
+    {"errors", "door.groups", "door.drivers", "secrets", "watchdog", "output"},
+    {"schema", "disk"},
     {"door.conflicts", "door.origins"},
     {"device", "seeding", "seal"},
     {"distributed", "models", "optim", "ema"},

@@ -17,6 +17,7 @@ from ghostnet.device import copy_to, pinned
 from ghostnet.distributed import ALONE, Ranks
 from ghostnet.errors import SampleError, UserError
 from ghostnet.seeding import fold_in, sample_rng
+from ghostnet.watchdog import waiting
 
 Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -26,6 +27,8 @@ AHEAD = 3
 """Batches under way before they are asked for."""
 TRIES = 20
 """Pictures that may be drawn for one place of a batch, where they can't be read and are skipped."""
+START = 120.0
+"""Seconds that threads may take to start."""
 NOTHING = -1
 """The label of a place that no picture fills."""
 
@@ -167,8 +170,9 @@ class Feeder:
                 if position < 0:
                     continue
                 slot, futures = under_way[0]
-                for future in futures:
-                    future.result()
+                with waiting("the loader's threads, which read the pictures"):
+                    for future in futures:
+                        future.result()
                 under_way.pop(0)
                 copies, slot.reusable = copy_to(self.device, *slot.filled(len(batches[position])))
                 yield copies[0], copies[1]
@@ -176,15 +180,16 @@ class Feeder:
             for _, futures in under_way:
                 for future in futures:
                     future.cancel()
-            for _, futures in under_way:
-                for future in futures:
+            with waiting("the loader's threads, to end"):
+                for future in (future for _, futures in under_way for future in futures):
                     if not future.cancelled():
                         future.exception()
             self.ring = slots
 
     def close(self) -> None:
         """End the threads."""
-        self.pool.shutdown(cancel_futures=True)
+        with waiting("the loader's threads, to end"):
+            self.pool.shutdown(cancel_futures=True)
 
     def _take_ring(self, batch_size: int) -> "list[_Slot]":
         """The ring of the last feed, while no other has it and its batches are large enough, else a new one."""
@@ -221,7 +226,7 @@ def place(picture: Array, out: Array) -> None:
 
 def worker_threads(count: int) -> ThreadPoolExecutor:
     """So many threads, started, in each of which torch computes with one."""
-    started = threading.Barrier(count + 1)
+    started = threading.Barrier(count + 1, timeout=START)
 
     def start() -> None:
         # Else each would bring a team of OpenMP threads of its own, which take the CPUs from the step. A thread that

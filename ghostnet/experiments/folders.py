@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ghostnet.config import Config, check_same_run, flat, same_experiment, unresolved
+from ghostnet.disk import check_writable
 from ghostnet.door.overrides import Checked
-from ghostnet.errors import ConfigError
+from ghostnet.errors import ConfigError, StorageError
 
 LARGEST = 1 << 20
 """Bytes of a run's config."""
@@ -119,7 +120,13 @@ def _check_settings(checked: Checked, folder: Path, what: str) -> None:
 def claim(place: Place) -> Path:
     """Make the folder of a place -> the folder, which has -2, -3 … behind its name where a new one is taken."""
     try:
-        return _make(place.folder, its_own=not place.given)
+        folder = _make(place.folder, its_own=not place.given)
+        try:
+            check_writable(folder)
+        except StorageError as error:
+            leave_no_empty_run(folder.absolute())
+            raise ConfigError(str(error)) from None
+        return folder
     except OSError as error:
         raise ConfigError(
             f"{place.folder} can't be made: {error.strerror}. Choose another folder with {place.key}=…"

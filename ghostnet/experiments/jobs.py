@@ -18,10 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ghostnet import secrets
+from ghostnet import output, secrets, watchdog
 from ghostnet.config import Config, resolved, unresolved
+from ghostnet.disk import writing
 from ghostnet.door.words import quoted
-from ghostnet.errors import ConfigError, SampleError, UserError, explain
+from ghostnet.errors import ConfigError, SampleError, StorageError, UserError, explain
 from ghostnet.experiments import record, workers
 from ghostnet.experiments.folders import check_resume, leave_no_empty_run
 from ghostnet.experiments.rerun import note as rerun_note
@@ -108,7 +109,7 @@ def _guarded(job: Job, run: Run, sweep: bool) -> float | None:
         if stop.signum == signal.SIGUSR2:
             signal.raise_signal(stop.signum)  # submitit's: it puts the job back into the queue
         return None
-    except ConfigError as error:
+    except (ConfigError, StorageError) as error:
         # Of the lock: what is in the folder is another's.
         say(f"error: {job.prefix}{error}")
         failed.append(folder)
@@ -124,7 +125,8 @@ def _recorded(job: Job, run: Run, sweep: bool) -> float | None:
     folder = job.folder
     try:
         check_resume(folder, job.cfg)
-        OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
+        with writing(folder / "config.yaml"):
+            OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
         record.write(folder, _provenance(job, sweep))
         if difference := rerun_note(job.cfg["rerun"]):
             say(f"note    {job.prefix}rerun: {difference}")
@@ -137,8 +139,9 @@ def _recorded(job: Job, run: Run, sweep: bool) -> float | None:
         if message is None and not sweep:
             raise
         say(f"error: {job.prefix}{message or f'{type(error).__name__}: {error}'}")
-        if isinstance(error, SampleError) and (folder / "last.pt").exists():
-            say(f"What was trained so far is saved. To go on once that is mended:\n  {going_on(folder)}")
+        if isinstance(error, SampleError | StorageError) and (folder / "last.pt").exists():
+            saved = "What was trained so far" if isinstance(error, SampleError) else "The last checkpoint"
+            say(f"{saved} is saved. To go on once that is mended:\n  {going_on(folder)}")
         failed.append(folder)
         if there:
             raise SystemExit(1) from None  # the other ranks have ended, or wait for a step that won't come
@@ -181,9 +184,9 @@ def on_ranks(run: Run, job: Any, device: Config) -> dict[str, Any]:  # noqa: ANN
         check_cards(kind, device["count"], device["ids"])
     set_environment(kind)
     if there:
-        return run(there[0].share(job), there[0])
+        return watched(run, there[0].share(job), there[0])
     if device["count"] == 1:
-        return run(job, ALONE)
+        return watched(run, job, ALONE)
     try:
         result, signum = elastic.launch(_in_rank, (run, job), device["count"])
     except elastic.RankStopped as stop:
@@ -200,12 +203,25 @@ def _in_rank(what: tuple[Run, Any], ranks: "Ranks") -> dict[str, Any] | int:
     from ghostnet.signals import Interrupted
 
     run, job = what
+    if isinstance(job, Job):
+        output.outlast("train.log has what it says.")
+    else:
+        output.end_with_reader()
     if ranks.is_main and isinstance(job, Job):
         logging.config.dictConfig(job.logging)
     try:
-        return run(job, ranks)
+        return watched(run, job, ranks)
     except Interrupted as stop:
         return stop.signum
+
+
+def watched(run: Run, job: Any, ranks: "Ranks") -> dict[str, Any]:  # noqa: ANN401 (for run)
+    """Run a job on this rank, and end it where it or another hangs. Every rank calls it."""
+    from ghostnet import elastic
+
+    limit = (job.cfg if isinstance(job, Job) else job[0])["stall_timeout"]
+    with watchdog.Watch(limit, elastic.report, ranks.rank, ranks.world_size, ranks.board()):
+        return run(job, ranks)
 
 
 def going_on(folder: Path) -> str:

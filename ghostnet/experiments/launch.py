@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from ghostnet import output
 from ghostnet.config import flat
 from ghostnet.door import manual
 from ghostnet.door.composing import Look
@@ -21,7 +22,7 @@ from ghostnet.errors import ConfigError, PeerFailed, UserError, explain
 from ghostnet.experiments import record, workers
 from ghostnet.experiments.folders import Place, claim, settle
 from ghostnet.experiments.grid import OPTUNA
-from ghostnet.experiments.jobs import Run, command_line, entered, failed, say, terminated, there
+from ghostnet.experiments.jobs import Run, command_line, entered, failed, say, terminated, there, watched
 from ghostnet.experiments.rerun import expanded
 from ghostnet.secrets import NAME, found_in
 
@@ -42,17 +43,23 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     sys.argv[1:] = words
     args = arguments()
     if args.help:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of a pager that is closed
+        output.end_with_reader()
         print(manual.page(name, sys.modules["__main__"].__doc__ or "", args.overrides))
         return
+    asks = args.hydra_help or args.shell_completion or args.info or args.cfg
+    if trains and not asks:
+        output.outlast("train.log has what it says.")
+    else:
+        output.end_with_reader()
     signal.signal(signal.SIGTERM, terminated)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
+        signal.signal(signal.SIGHUP, terminated)
     signal.signal(signal.SIGUSR1, terminated)  # how Slurm warns of a time limit, where it is asked to
     ranks = _join()
     if ranks is not None and not ranks.is_main:
         sys.exit(_serve(ranks, run))
     entered.append(True)
     workers.tell_workers(Path(sys.argv[0]).name, words)
-    asks = args.hydra_help or args.shell_completion or args.info or args.cfg
     folder, code = None, 0
     try:
         if not (args.hydra_help or args.shell_completion):
@@ -140,7 +147,7 @@ def _serve(ranks: "Ranks", run: Run) -> int:
 
     try:
         while (job := ranks.share(None)) is not None:
-            run(job, ranks)
+            watched(run, job, ranks)
         ranks.leave()
     except Interrupted as stop:
         return 128 + stop.signum

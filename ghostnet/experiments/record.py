@@ -15,7 +15,8 @@ from typing import Any
 
 import ghostnet
 from ghostnet import secrets
-from ghostnet.errors import ConfigError, UserError
+from ghostnet.disk import refused, writing
+from ghostnet.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent.parent
 FILE, DIFF, LOCK = "run.json", "code.diff", ".lock"
@@ -36,7 +37,8 @@ def write(folder: Path, run: dict[str, Any]) -> None:
         run["started"] = json.loads((folder / FILE).read_text())["started"]
     write_json(folder / FILE, run)
     if diff:
-        (folder / DIFF).write_text(diff)
+        with writing(folder / DIFF):
+            (folder / DIFF).write_text(diff)
     else:
         (folder / DIFF).unlink(missing_ok=True)
 
@@ -77,7 +79,11 @@ def code() -> tuple[str | None, str]:
     """
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, check=False)
+        command = ["git", "-C", str(REPOSITORY), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+        except subprocess.TimeoutExpired:
+            raise OSError from None
         if done.returncode not in ((0, 1) if "--no-index" in words else (0,)):
             raise OSError
         return done.stdout.decode(errors="replace")
@@ -133,9 +139,10 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             yield
             return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        with writing(folder / LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
         yield
 
 
@@ -152,7 +159,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; UserError where it can't be."""
+    """Write a JSON file, whole or not at all; StorageError where it can't be."""
     from ghostnet.loggers import jsonable
 
     temporary = path.with_name(f".{path.name}.tmp")
@@ -160,4 +167,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}.") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise refused(path, error) from None

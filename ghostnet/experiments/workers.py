@@ -16,7 +16,7 @@ from ghostnet.errors import ConfigError
 
 COMMAND, LAUNCHER = "GHOSTNET_COMMAND", "GHOSTNET_LAUNCHER"
 """Of the environment: what the user typed, and the process that started this one."""
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 stopped: list[int] = []
 """The signals that asked this process to end: it takes no further jobs."""
@@ -45,6 +45,12 @@ def is_joblib(hydra: Any) -> bool:  # noqa: ANN401 (Hydra's config, typed or not
     return str(hydra.launcher._target_).endswith(".JoblibLauncher")
 
 
+def stops() -> list[signal.Signals]:
+    """The signals that ask a process to end; not SIGHUP where it is ignored, as by nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signum for signum in STOPS if signum != signal.SIGHUP or not ignored]
+
+
 @contextlib.contextmanager
 def job_signals(child: bool) -> Iterator[None]:
     """In a worker: a signal ends the job, by Interrupted where none is trained yet, and keeps further ones away.
@@ -60,14 +66,14 @@ def job_signals(child: bool) -> Iterator[None]:
     launcher = int(os.environ.get(LAUNCHER, "0"))
     if child and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # the kernel asks too, where the launcher is killed
-    for signum in STOPS:
+    for signum in stops():
         signal.signal(signum, ask)
     try:
         if child and os.getppid() != launcher:
             os._exit(1)
         yield
     finally:
-        for signum in STOPS:
+        for signum in stops():
             signal.signal(signum, lambda signum, frame: stopped.append(signum))
         if child and os.getppid() != launcher:
             os._exit(1)  # nobody is left to hand out jobs
@@ -88,7 +94,7 @@ def passed_on() -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    previous = {signum: signal.signal(signum, ask) for signum in STOPS}
+    previous = {signum: signal.signal(signum, ask) for signum in stops()}
     try:
         yield
     except Exception:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ghostnet import output
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.experiments import record
 from ghostnet.schema import faults, signature
@@ -228,4 +229,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    (output.end_with_reader if {"-h", "--help"} & set(sys.argv) else output.outlast)()
     sys.exit(main(sys.argv[1:]))

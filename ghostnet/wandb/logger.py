@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from ghostnet.errors import ConfigError
 from ghostnet.loggers import Row, RunInfo, say
 from ghostnet.schema import Positive
+from ghostnet.watchdog import LONG, waiting
 from ghostnet.wandb.process import Recorder
 from ghostnet.wandb.recorder import Request
 
@@ -73,12 +74,13 @@ class Wandb:
             return
         self.folder = run.folder
         wanted = request(run.folder, run.config, self.options, online=self.mode == "online", live=True)
-        (run.folder / ID_FILE).write_text(wanted.id + "\n")
         self.step, self.prefix = run.step, run.prefix
         try:
+            (run.folder / ID_FILE).write_text(wanted.id + "\n")
             self.recorder = Recorder(wanted)
         except OSError as error:
-            self._fail(f"its process can't be started: {error.strerror}")
+            what = "its process can't be started" if error.filename is None else f"{error.filename} can't be written"
+            self._fail(f"{what}: {error.strerror}")
 
     def log(self, row: Row) -> None:
         """The row is on its way by metrics.jsonl; what there is to say of earlier ones is said."""
@@ -91,7 +93,8 @@ class Wandb:
         self.ending = True
         if self.recorder is not None:
             self.recorder.end(result)
-            self._hear(self.recorder.rest(self.options.timeout))
+            with waiting("Weights & Biases", LONG + self.options.timeout):  # it has a limit of its own
+                self._hear(self.recorder.rest(self.options.timeout))
         if self.failed:
             self._say(
                 "What Weights & Biases lacks is in metrics.jsonl. To send it:\n"

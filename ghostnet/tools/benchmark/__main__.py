@@ -42,6 +42,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from ghostnet import output
 from ghostnet.config import Config
 from ghostnet.errors import explain
 from ghostnet.tools.benchmark import door, report, results
@@ -49,7 +50,7 @@ from ghostnet.tools.benchmark.door import Case
 from ghostnet.tools.benchmark.peers import absent
 from ghostnet.tools.benchmark.subject import Failed, Metrics, Subject, measure
 
-UNITS = {name: "seconds" for name in ("start", "sweep", "results", "checkpoint")}
+UNITS = dict.fromkeys(("start", "sweep", "results", "checkpoint"), "seconds")
 """Of what is compared; images/s elsewhere."""
 ALONE = {"scale", "sweep", "results", "checkpoint"}
 """Benchmarks that measure nobody else."""
@@ -171,4 +172,5 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminated)
+    output.end_with_reader()
     sys.exit(main(sys.argv[1:]))

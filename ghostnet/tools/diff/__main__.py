@@ -9,6 +9,7 @@ import shlex
 import sys
 from typing import Any
 
+from ghostnet import output
 from ghostnet.config import flat
 from ghostnet.errors import UserError
 from ghostnet.experiments import rerun
@@ -144,4 +145,5 @@ def main(typed: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    output.end_with_reader()
     sys.exit(main(sys.argv[1:]))

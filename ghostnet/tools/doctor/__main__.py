@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 
+from ghostnet import output
 from ghostnet.tools.doctor import data, machine, run, software
 from ghostnet.tools.doctor.finding import FAIL, OK, WARN, Case, Finding, Findings, first_line
 
@@ -129,4 +130,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    output.end_with_reader()
     sys.exit(main(sys.argv[1:]))

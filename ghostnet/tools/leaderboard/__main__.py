@@ -16,9 +16,9 @@ differ. Its words, in any order:
                         it needs no network and no other file
 """
 
-import os
 import sys
 
+from ghostnet import output
 from ghostnet.errors import ConfigError, explain
 from ghostnet.experiments import results
 from ghostnet.tools.leaderboard import formats, query
@@ -66,9 +66,6 @@ def main(typed: list[str]) -> int:
         else:
             run(typed)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -81,6 +78,7 @@ def main(typed: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    output.end_with_reader()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a folder's name may be any bytes
     sys.exit(main(sys.argv[1:]))

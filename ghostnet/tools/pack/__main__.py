@@ -6,7 +6,6 @@ data.root=DST trains on them. Interrupted, the same command goes on behind the l
 
 import contextlib
 import fcntl
-import io
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ghostnet import output
 from ghostnet.config import Config
 from ghostnet.door import manual
 from ghostnet.door.overrides import check_command
@@ -174,7 +174,7 @@ def main(words: list[str]) -> int:
         return 0
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, stop)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold bytes that are no text
+    if hasattr(sys.stdout, "reconfigure"):  # a file name may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if flags := [word for word in words if word.startswith("-")]:
@@ -197,4 +197,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    (output.end_with_reader if {"-h", "--help"} & set(sys.argv) else output.outlast)()
     sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ghostnet import output
 from ghostnet.config import Config
 from ghostnet.door.overrides import Checked
 from ghostnet.door.overrides import examine as examine_command
@@ -237,4 +238,5 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminated)
+    output.end_with_reader()
     sys.exit(main(sys.argv[1:]))

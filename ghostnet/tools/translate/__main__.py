@@ -8,6 +8,7 @@ printed is our command; below it which flags did nothing there, which have no ho
 import shlex
 import sys
 
+from ghostnet import output
 from ghostnet.errors import UserError
 from ghostnet.tools.translate.command import ITSELF, NONE, NOTE, NOTHING, WARNING, Command, translate
 from ghostnet.tools.translate.shell import FORM, parse
@@ -40,4 +41,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    output.end_with_reader()
     sys.exit(main(sys.argv[1:]))
