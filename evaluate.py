@@ -17,7 +17,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import json
 from typing import TYPE_CHECKING, Any
 
-import ghostnet  # noqa: F401 (tells what is not installed)  # isort: skip
+import ghostnet.installed  # noqa: F401  # isort: skip
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ghostnet  # noqa: F401 (tells what is not installed)  # isort: skip
+import ghostnet.installed  # noqa: F401  # isort: skip
 import hydra
 from omegaconf import DictConfig
 

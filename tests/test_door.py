@@ -379,9 +379,10 @@ def test_an_error_is_raised_once_for_a_library_call_too() -> None:
         overrides.check_command("train", ["epochs=0"], multirun=False)
 
 
-@pytest.mark.parametrize("words", [["train.py"], ["evaluate.py"], ["-m", "ghostnet.tools.leaderboard"]])
+@pytest.mark.parametrize("words", [["train.py"], ["evaluate.py", "ckpt=x"]])
 def test_what_is_not_installed_is_told_in_one_line(words: list[str]) -> None:
     bare = [sys.executable, "-S", *words]  # without site-packages
     done = subprocess.run(bare, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == f"error: {sys.executable} has no hydra. Install: pip install -r requirements.txt\n"
+    assert done.stderr.startswith(f"error: {sys.executable} has no hydra. Install: pip install -r requirements.txt")
+    assert done.stderr.count("\n") == 1

@@ -33,18 +33,14 @@ descendants hold beside it, which is looked at four times a second. Ctrl-C ends 
 
 import json
 import shlex
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-from ghostnet import output
 from ghostnet.config import Config
-from ghostnet.errors import explain
+from ghostnet.tools import entry
 from ghostnet.tools.benchmark import door, report, results
 from ghostnet.tools.benchmark.door import Case
 from ghostnet.tools.benchmark.peers import absent
@@ -146,31 +142,9 @@ def run(typed: list[str]) -> None:
 
 
 def main(typed: list[str]) -> int:
-    """The exit code: 0, 1 with one message, 130 where it was stopped."""
-    if {"-h", "--help"} & set(typed):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
-    try:
-        run(typed)
-    except KeyboardInterrupt:
-        tell("stopped, as asked.")
-        return 130
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        tell(f"error: {message}")
-        return 1
-    return 0
-
-
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """End what is measured, too, where this is asked to end."""
-    tell(f"{signal.Signals(signum).name}: stopped, nothing was written.")
-    raise SystemExit(128 + signum)
+    """The exit code."""
+    return entry.ended(run, __doc__, typed, tell)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
-    output.end_with_reader()
-    sys.exit(main(sys.argv[1:]))
+    entry.start(main, tell)

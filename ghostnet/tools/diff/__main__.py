@@ -6,15 +6,14 @@ list of overrides that, added to A's own command, gives B's config: each of them
 
 import json
 import shlex
-import sys
 from typing import Any
 
-from ghostnet import output
 from ghostnet.config import flat
 from ghostnet.errors import UserError
 from ghostnet.experiments import rerun
 from ghostnet.loggers import jsonable
 from ghostnet.schema import did_you_mean
+from ghostnet.tools import entry
 from ghostnet.tools.diff import compare
 from ghostnet.tools.diff.folder import Run, read
 from ghostnet.tools.diff.words import Way, differ, way
@@ -125,25 +124,18 @@ def _difference(a: Any, b: Any) -> str:  # noqa: ANN401 (metrics)
     return f"{b - a:+,.4f}{share}" if isinstance(b - a, float) else f"{b - a:+,}{share}"
 
 
+def run(typed: list[str]) -> None:
+    """Print the page, or its numbers."""
+    a, b, as_json = split(typed)
+    one = read(a)
+    found = report(one, read(b))
+    print(json.dumps(jsonable(found), indent=1, default=str) if as_json else page(found, one.words is not None))
+
+
 def main(typed: list[str]) -> int:
-    """The exit code: 0, or 1 with one message."""
-    if {"-h", "--help"} & set(typed):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
-    try:
-        a, b, as_json = split(typed)
-        one = read(a)
-        found = report(one, read(b))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if as_json:
-        print(json.dumps(jsonable(found), indent=1, default=str))
-    else:
-        print(page(found, one.words is not None))
-    return 0
+    """The exit code."""
+    return entry.ended(run, __doc__, typed)
 
 
 if __name__ == "__main__":
-    output.end_with_reader()
-    sys.exit(main(sys.argv[1:]))
+    entry.start(main)

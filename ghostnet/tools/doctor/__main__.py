@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 
-from ghostnet import output
+from ghostnet.tools import entry
 from ghostnet.tools.doctor import data, machine, run, software
 from ghostnet.tools.doctor.finding import FAIL, OK, WARN, Case, Finding, Findings, first_line
 
@@ -106,21 +106,14 @@ def show(finding: Finding) -> None:
     Console().print(coloured, soft_wrap=True)
 
 
-def main(words: list[str]) -> int:
+def page(words: list[str]) -> int:
     """Print the page -> 0 where training would start, else 1."""
-    if {"-h", "--help"} & set(words):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
     print(f"Would this start here?  {shlex.join(['python', 'train.py', *words])}\n", flush=True)
     statuses, no_data = [], False
-    try:
-        for finding in examine(words):
-            show(finding)
-            statuses.append(finding.status)
-            no_data |= (finding.name, finding.status) == ("data", WARN)
-    except KeyboardInterrupt:
-        print("stopped, as asked.")
-        return 130
+    for finding in examine(words):
+        show(finding)
+        statuses.append(finding.status)
+        no_data |= (finding.name, finding.status) == ("data", WARN)
     fails, warnings = statuses.count(FAIL), statuses.count(WARN)
     answer = (
         f"No, because of {fails} FAIL." if fails else "Once data.root is given, as it seems." if no_data else "Yes."
@@ -129,6 +122,10 @@ def main(words: list[str]) -> int:
     return 1 if fails else 0
 
 
+def main(typed: list[str]) -> int:
+    """The exit code."""
+    return entry.ended(page, __doc__, typed)
+
+
 if __name__ == "__main__":
-    output.end_with_reader()
-    sys.exit(main(sys.argv[1:]))
+    entry.start(main)

@@ -18,9 +18,9 @@ differ. Its words, in any order:
 
 import sys
 
-from ghostnet import output
-from ghostnet.errors import ConfigError, explain
+from ghostnet.errors import ConfigError
 from ghostnet.experiments import results
+from ghostnet.tools import entry
 from ghostnet.tools.leaderboard import formats, query
 from ghostnet.tools.leaderboard.words import Words, check
 
@@ -59,26 +59,9 @@ def run(typed: list[str]) -> None:
 
 
 def main(typed: list[str]) -> int:
-    """The exit code: 0, or 1 with one message."""
-    try:
-        if {"-h", "--help"} & set(typed):
-            print(__doc__.strip() if __doc__ else "")
-        else:
-            run(typed)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 1
-    return 0
+    """The exit code."""
+    return entry.ended(run, __doc__, typed)
 
 
 if __name__ == "__main__":
-    output.end_with_reader()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a folder's name may be any bytes
-    sys.exit(main(sys.argv[1:]))
+    entry.start(main)

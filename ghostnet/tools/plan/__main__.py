@@ -16,24 +16,22 @@ Without the device: everything but its memory in use is told, and that the comma
 import json
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ghostnet import output
 from ghostnet.config import Config
 from ghostnet.door.overrides import Checked
 from ghostnet.door.overrides import examine as examine_command
 from ghostnet.door.presence import Presence
-from ghostnet.errors import ConfigError, explain
+from ghostnet.errors import ConfigError
 from ghostnet.experiments import launch
 from ghostnet.experiments.folders import Place
 from ghostnet.experiments.jobs import say
 from ghostnet.experiments.record import is_done
 from ghostnet.experiments.rerun import expanded
+from ghostnet.tools import entry
 from ghostnet.tools.plan import door
 
 if TYPE_CHECKING:
@@ -212,31 +210,9 @@ def _teller(name: str) -> Callable[[str], None]:
 
 
 def main(typed: list[str]) -> int:
-    """The exit code: 0, 1 with one message, 130 where it was stopped."""
-    if {"-h", "--help"} & set(typed):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
-    try:
-        plan(typed)
-    except KeyboardInterrupt:
-        say("stopped, as asked.")
-        return 130
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        say(f"error: {message}")
-        return 1
-    return 0
-
-
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """End what is measured, too, where this is asked to end."""
-    say(f"{signal.Signals(signum).name}: stopped.")
-    raise SystemExit(128 + signum)
+    """The exit code."""
+    return entry.ended(plan, __doc__, typed, say)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
-    output.end_with_reader()
-    sys.exit(main(sys.argv[1:]))
+    entry.start(main, say)

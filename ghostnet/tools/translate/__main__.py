@@ -6,10 +6,9 @@ printed is our command; below it which flags did nothing there, which have no ho
 """
 
 import shlex
-import sys
 
-from ghostnet import output
 from ghostnet.errors import UserError
+from ghostnet.tools import entry
 from ghostnet.tools.translate.command import ITSELF, NONE, NOTE, NOTHING, WARNING, Command, translate
 from ghostnet.tools.translate.shell import FORM, parse
 
@@ -25,21 +24,17 @@ def page(command: Command) -> str:
     return "\n".join(lines)
 
 
-def main(words: list[str]) -> int:
-    """The exit code: 0, or 1 with one message."""
-    if {"-h", "--help"} & set(words):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
-    try:
-        if not words:
-            raise UserError(f"which command? {FORM}")
-        print(page(translate(parse(words[0] if len(words) == 1 else shlex.join(words)))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def run(words: list[str]) -> None:
+    """Print the page."""
+    if not words:
+        raise UserError(f"which command? {FORM}")
+    print(page(translate(parse(words[0] if len(words) == 1 else shlex.join(words)))))
+
+
+def main(typed: list[str]) -> int:
+    """The exit code."""
+    return entry.ended(run, __doc__, typed)
 
 
 if __name__ == "__main__":
-    output.end_with_reader()
-    sys.exit(main(sys.argv[1:]))
+    entry.start(main)
