@@ -60,6 +60,7 @@ def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> tu
     asked: list[int] = []
     for signum in (signal.SIGINT, signal.SIGHUP):  # the ranks inherit it: what a terminal sends is for this process
         signal.signal(signum, signal.SIG_IGN)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # no more: else they would inherit its defaults
     try:
         context = start_processes(
             "ghostnet",
@@ -85,6 +86,8 @@ def launch(function: Callable[[Any, Ranks], T], argument: Any, count: int) -> tu
         signal.signal(signal.SIGQUIT, handlers[signal.SIGQUIT])
         try:
             while (done := context.wait(0)) is None:
+                if not multiprocessing.active_children() and context.wait(0) is None:
+                    raise UserError("all ranks ended without a result.")  # torch waits for one that never comes
                 time.sleep(POLL)
         except BaseException:
             context.close(signal.SIGKILL, timeout=5)
@@ -149,6 +152,7 @@ def _rank(function: Callable[[Any, Ranks], T], argument: Any, folder: Path) -> T
         parent = multiprocessing.parent_process()
         if parent is not None and os.getppid() != parent.pid:
             os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where an older torch has set its own handler before
     rank = int(os.environ["RANK"])
     told_to.append(folder)
     try:

@@ -89,7 +89,11 @@ class Torture:
             code = None
         if code is not None and not left_over(process.pid):
             return code
-        for signum in (signal.SIGABRT, signal.SIGKILL):  # faulthandler tells the stacks of all threads
+        with contextlib.suppress(psutil.Error):  # faulthandler tells the stacks of all threads; the launcher's last,
+            for rank in psutil.Process(process.pid).children():  # as the kernel ends the ranks with it
+                rank.send_signal(signal.SIGABRT)
+            time.sleep(1)
+        for signum in (signal.SIGABRT, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signum)
             time.sleep(1)
@@ -200,8 +204,8 @@ def _whole_rows(folder: Path) -> list[dict[str, object]]:
 
 def _rank(launcher: int, rank: str) -> int | None:
     """The process of a rank; None where it isn't there yet."""
-    for process in psutil.Process(launcher).children():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("RANK") == rank:
-                return process.pid
+    with contextlib.suppress(psutil.Error):
+        children = sorted(psutil.Process(launcher).children(), key=lambda child: child.pid)  # begun in their order
+        ranks = [child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        return dict(enumerate(ranks)).get(int(rank))
     return None
