@@ -31,7 +31,7 @@ def refused(path: Path, error: OSError, kept: str = "", needed: int | None = Non
 def _reason(path: Path, error: OSError, needed: int | None) -> str:
     why = error.strerror or type(error).__name__
     if not path.parent.is_dir():
-        return f"{path.parent} is not there any more; it was removed or moved while the run was at work."
+        return f"{why}: {path.parent} is not there any more; it was removed or moved while the run was at work."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         wants = f"it takes {needed / 1e6:,.1f} MB, " if needed else ""
         with contextlib.suppress(OSError):

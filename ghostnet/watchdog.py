@@ -137,7 +137,7 @@ class Watch:
         told = {"beat": self.beat, "what": doing.what, "age": age, "others": doing.others, "limit": self._limit(doing)}
         told |= {"host": socket.gethostname(), "pid": os.getpid(), "file": self.stacks.fileno()}
         self.board.set(f"rank {self.rank}", json.dumps(told))
-        return self.board.get("end").decode() if self.board.check(["end"]) else None
+        return str(json.loads(self.board.get("end"))[0]) if self.board.check(["end"]) else None
 
     def _posts(self) -> dict[int, dict[str, Any]]:
         """What each rank has told last; `silent`: for how long it has told nothing."""
@@ -185,15 +185,20 @@ class Watch:
         last = threading.Timer(ENDING, os._exit, (1,))  # what is written to may hang as well
         last.daemon = True
         last.start()
-        if self.board is not None:
-            with contextlib.suppress(RuntimeError):
-                message = self.board.compare_set("end", "", message).decode()
+        frozen: list[int] = []
         shown = [(self.rank, os.getpid(), self.stacks.fileno())]
         mine = {rank: post for rank, post in posts.items() if post["host"] == socket.gethostname()}
-        frozen = [rank for rank, post in mine.items() if self._is_frozen(post)]
+        if self.board is not None:
+            with contextlib.suppress(RuntimeError):
+                if self.board.check([f"shown {self.rank}"]):
+                    time.sleep(ENDING)  # another rank, which woke this one, speaks for it
+                found = json.dumps([message, [rank for rank, post in posts.items() if self._is_frozen(post)]])
+                message, frozen = json.loads(self.board.compare_set("end", "", found))
+                for rank in frozen:
+                    self.board.set(f"shown {rank}", "")
         speaks = self.rank == min([rank for rank in mine if rank not in frozen], default=self.rank)
         if speaks:
-            shown += [(rank, mine[rank]["pid"], mine[rank]["file"]) for rank in frozen]
+            shown += [(rank, mine[rank]["pid"], mine[rank]["file"]) for rank in frozen if rank in mine]
         for rank, pid, file in shown:
             text = f"Stacks of rank {rank}, process {pid}:\n{dumped(pid, file)}\n"
             os.write(2, text.encode())

@@ -49,6 +49,7 @@ def slow_disk(tmp_path):
     return {"SLOW_DISK": str(folder), "PYTHONPATH": str(REPOSITORY / "tests" / "slow_disk")}
 
 
+@pytest.mark.slow
 def test_a_picture_that_never_comes_ends_the_run_with_the_stacks(tmp_path, image_folder, slow_disk):
     words = ["model.width=0.1", "epochs=300", "data.batch_size=16", "data.image_size=32", "log_every=1"]
     words += ["data.workers=1", f"data.root={image_folder}", "device=cpu", "schedule.warmup_epochs=0", *STALL]
@@ -71,7 +72,7 @@ def test_a_rank_that_hangs_is_named_and_all_stacks_are_shown(tmp_path, tiny_data
     wait_for_step(process, tmp_path / "here", 12)
     launched_ranks(process)[1].send_signal(signal.SIGSTOP)
     _, err = ended(process, 1)
-    for part in ("Stacks of rank 0", "Stacks of rank 1", "error: rank 1 hangs", "rank 0 waits for the other ranks"):
+    for part in ("Stacks of rank 0", "Stacks of rank 1", "error: rank 1 hangs", "rank 0 waits for "):
         assert err.count(part) == 1, err
     assert err.count("error: ") == 1
 
@@ -88,7 +89,7 @@ def test_a_rank_that_hangs_under_torchrun_is_named_and_all_stacks_are_shown(tmp_
     _, err = first.communicate(timeout=60)
     second.communicate(timeout=60)
     assert first.returncode == second.returncode == 1
-    for part in ("Stacks of rank 0", "Stacks of rank 1", "error: rank 1 hangs", "rank 0 waits for the other ranks"):
+    for part in ("Stacks of rank 0", "Stacks of rank 1", "error: rank 1 hangs", "rank 0 waits for "):
         assert err.count(part) == 1, err
 
 
@@ -201,6 +202,7 @@ def test_a_full_disk_ends_the_run_and_with_space_again_it_ends_in_the_same_bits(
     assert_ends_in_the_same_bits(run, words, folder, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "train.log"])
 def test_a_file_that_finds_no_space_is_named_and_nothing_is_lost(run, tmp_path, words, name, undisturbed):
     here = tmp_path / "here"
@@ -233,6 +235,7 @@ def test_a_file_that_finds_no_space_is_named_and_nothing_is_lost(run, tmp_path, 
     assert result(here)["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_an_id_of_weights_and_biases_that_can_not_be_written_stops_no_training(tmp_path, words):
     (tmp_path / "here").mkdir()
     (tmp_path / "here/wandb_id").symlink_to(tmp_path / "nowhere/id")
@@ -256,6 +259,7 @@ def test_a_full_disk_under_the_files_of_weights_and_biases_stops_no_training(tmp
     assert result(tmp_path / "here")["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_became_read_only_ends_the_run_and_is_refused_at_the_door(run, tmp_path, words, undisturbed):
     here = tmp_path / "here"
     hold = {"preexec_fn": drop_root_s_right_to_write_anywhere}
@@ -276,7 +280,7 @@ def test_a_run_folder_that_became_read_only_ends_the_run_and_is_refused_at_the_d
     assert_ends_in_the_same_bits(run, words, here, undisturbed)
 
 
-@pytest.mark.parametrize("how", ["removed", "moved"])
+@pytest.mark.parametrize("how", ["removed", pytest.param("moved", marks=pytest.mark.slow)])
 def test_a_run_folder_that_is_gone_ends_the_run_and_does_not_come_back(tmp_path, words, how):
     words, here = [*words, "epochs=200", "logger=wandb"], tmp_path / "here"
     process = start(*words, "hydra.run.dir=here", cwd=tmp_path)
@@ -297,9 +301,7 @@ def test_a_run_folder_that_is_gone_ends_the_run_and_does_not_come_back(tmp_path,
 # Signals, terminals, readers
 
 
-def test_a_second_ctrl_c_ends_a_save_at_once_and_the_last_checkpoint_stays_whole(
-    run, tmp_path, words, slow_disk, undisturbed
-):
+def test_a_second_ctrl_c_ends_a_save_at_once_and_the_last_checkpoint_stays_whole(tmp_path, words, slow_disk):
     here = tmp_path / "here"
     process = start(*words, "hydra.run.dir=here", cwd=tmp_path, **slow_disk)
     wait_for_step(process, here, 14)
@@ -316,7 +318,6 @@ def test_a_second_ctrl_c_ends_a_save_at_once_and_the_last_checkpoint_stays_whole
     assert time.monotonic() - before < 30  # and not the minute that the save would take
     assert err == "stopped at once, as asked. The last checkpoint is whole; resume=auto goes on from it.\n"
     assert checkpoint.load(here / "last.pt")["step"] % 10 == 0
-    assert_ends_in_the_same_bits(run, words, here, undisturbed)
 
 
 def wait_for_evaluation(process, folder, step):
@@ -385,7 +386,7 @@ def drain(master):
 
 
 @pytest.mark.parametrize("devices", [[], pytest.param(TWO, marks=pytest.mark.slow)])
-def test_a_closed_terminal_has_the_run_save_and_end(run, tmp_path, words, undisturbed, devices):
+def test_a_closed_terminal_has_the_run_save_and_end(run, tmp_path, words, devices):
     words, here = [*words, *devices], tmp_path / "here"
     process, master = terminal(*words, "hydra.run.dir=here", cwd=tmp_path)
     wait_for_step(process, here, 12)
@@ -394,9 +395,11 @@ def test_a_closed_terminal_has_the_run_save_and_end(run, tmp_path, words, undist
     assert left_over(process.pid) == []
     assert checkpoint.load(here / "last.pt")["step"] >= 12
     assert "Traceback" not in (here / "train.log").read_text()
-    assert_ends_in_the_same_bits(run, words, here, whole(words, tmp_path) if devices else undisturbed)
+    if devices:
+        assert_ends_in_the_same_bits(run, words, here, whole(words, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path, words):
     here = tmp_path / "here"
     process, master = terminal(*words, "hydra.run.dir=here", cwd=tmp_path, ignored=True)
@@ -412,7 +415,10 @@ def hang_up(master):
     os.dup2(os.open(os.devnull, os.O_RDWR), master)
 
 
-@pytest.mark.parametrize("shell", ["| head -1", "> /dev/full", ">&-", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "shell",
+    ["| head -1", *(pytest.param(other, marks=pytest.mark.slow) for other in ("> /dev/full", ">&-", ">&- 2>&-"))],
+)
 def test_a_training_outlives_whoever_reads_it(tmp_path, tiny_data, shell):
     words = [*TINY, f"data.root={tiny_data}", "epochs=1", "hydra.run.dir=here"]
     command = f"set -o pipefail; {sys.executable} {REPOSITORY}/train.py {' '.join(words)} {shell}"
@@ -437,7 +443,7 @@ PAGES += ["-m ghostnet.tools.leaderboard --help", "-m ghostnet.tools.wandb_sync 
 PAGES += ["-m ghostnet.tools.translate 'python main.py'", "-m ghostnet.tools.diff here here"]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES[:1], *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES[1:])])
 def test_a_page_ends_silently_with_its_reader_and_says_where_it_finds_no_space(tmp_path, page):
     def shell(redirection):
         # A reader that is gone before the first line.
@@ -459,7 +465,7 @@ def test_a_page_ends_silently_with_its_reader_and_says_where_it_finds_no_space(t
 
 
 def test_a_second_run_in_a_folder_is_refused_and_the_lock_of_a_killed_one_is_gone(run, tmp_path, words):
-    words, here = [*words, "hydra.run.dir=here", "resume=auto"], tmp_path / "here"
+    words, here = [*words, "epochs=300", "hydra.run.dir=here", "resume=auto"], tmp_path / "here"
     first = start(*words, cwd=tmp_path)
     wait_for_step(first, here, 12)
     second = run("train.py", *words)
@@ -470,6 +476,8 @@ def test_a_second_run_in_a_folder_is_refused_and_the_lock_of_a_killed_one_is_gon
     assert first.poll() is None
     first.kill()
     first.communicate()
-    third = run("train.py", *words)
-    assert third.returncode == 0, third.stderr
-    assert "resume  " in third.stdout
+    third = start(*words, cwd=tmp_path)
+    wait_for_step(third, here, rows(here)[-1]["step"] + 4)
+    third.send_signal(signal.SIGTERM)
+    out, _ = ended(third, 143)
+    assert "resume  " in out
