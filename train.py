@@ -30,15 +30,14 @@ import hydra
 from omegaconf import DictConfig
 
 from ghostnet.config import build, build_model, changes, check_same_run, same_batch
-from ghostnet.errors import ConfigError, PeerFailed, SampleError, UserError
+from ghostnet.errors import ConfigError, PeerFailed, SampleError
 from ghostnet.experiments import folders, jobs, launch, record
 
 if TYPE_CHECKING:
     from ghostnet.data.loader import EvalLoader
     from ghostnet.distributed import Ranks
-    from ghostnet.engine import Recipe, TrainState
+    from ghostnet.engine import TrainState
     from ghostnet.loggers import ConsoleLogger, Row
-    from ghostnet.saving import Saver
     from ghostnet.signals import StopSignal
 
 
@@ -50,7 +49,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     started = time.monotonic()
     import torch
 
-    from ghostnet import checkpoint, engine, saving
+    from ghostnet import checkpoint, engine, rescue, saving
     from ghostnet.data.cache import open_cache
     from ghostnet.data.datasets import check_same_classes, check_same_data
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
@@ -137,7 +136,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     )
 
     # Resume
-    state, earlier = engine.TrainState(model, optimizer, amp, ema, device, ranks, cfg["dist_bn"]), 0.0
+    state = engine.TrainState(model, optimizer, amp, ema, device, ranks, cfg["dist_bn"], cfg["on_nan"])
+    earlier = 0.0
     found, notes = ranks.from_main(lambda: saving.find(cfg["resume"], folder))
     for note in notes:
         console.say(f"note    {note}")
@@ -164,7 +164,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
             state.load_state_dict(saved)
         earlier = saved["seconds"]
         del found, saved  # a second copy of all weights and moments
-        for name in (checkpoint.BEST, ID_FILE) if ranks.is_main else ():
+        for name in (checkpoint.BEST, checkpoint.REWIND, ID_FILE) if ranks.is_main else ():
             if (path.parent / name).exists() and not (folder / name).exists():
                 shutil.copy2(path.parent / name, folder / name)
         console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
@@ -195,7 +195,13 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
         about = {"config": job.raw, "classes": train_set.classes, "images": len(train_set), "num_classes": num_classes}
         return about | {"seconds": seconds, "global_batch_size": global_batch_size}
 
+    def taken_back() -> None:
+        for logger in loggers:
+            logger.back(state.step, state.evaluated)
+
     saver = saving.Saver(folder, cfg["keep"], facts, (state.step, state.evaluated) if in_place else None)
+
+    watcher = rescue.Rescue(state, recipe, saver, steps_per_epoch, console.say)
 
     # The loop
     result, pruned = None, False
@@ -206,33 +212,44 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
             logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs, job.prefix))
         with saver, StopSignal(ranks) as stop:
             try:
+                watcher.start()
                 while True:
                     epoch, within = divmod(state.step, steps_per_epoch)
                     due = epoch % cfg["eval_every"] == 0 or state.step == total_steps
                     if within == 0 and due and state.evaluated < state.step:
-                        log(_evaluate(state, eval_loader, console, epoch, stop))
+                        with rescue.memory_told(data["eval_batch_size"], alone=ranks.world_size == 1):
+                            log(_evaluate(state, eval_loader, console, epoch, stop))
                         tell_skipped()
                         if cache and cache.fault:
                             console.say(f"note    {cache}")
                         pruned = ranks.from_main(functools.partial(_is_hopeless, folder, state.last))
                     if within == 0 and state.step:
                         is_best = state.best is state.last and state.evaluated == state.step
-                        saver.save(state, *([checkpoint.BEST] if is_best else []), checkpoint.LAST)
+                        saver.save(state, *([checkpoint.BEST] if is_best else []), *watcher.names)
                     if state.step >= total_steps or pruned:
                         break
-                    for step in engine.train(state, train_loader, recipe, stop):
-                        console.advance(step)
-                        saver.check()
-                        if step % cfg["log_every"] == 0 or step % steps_per_epoch == 0:
-                            _stop_if_not_finite(state, recipe, saver)
-                            log(_train_row(state, steps_per_epoch))
-                            tell_skipped()
-                        if cfg["save_every"] and step % cfg["save_every"] == 0 and step % steps_per_epoch:
-                            _stop_if_not_finite(state, recipe, saver)
-                            saver.save(state, checkpoint.LAST)
-                            state.speed.resume()
+                    with rescue.memory_told(data["batch_size"], accumulate):
+                        for step in engine.train(state, train_loader, recipe, stop):
+                            console.advance(step)
+                            saver.check()
+                            due = step % cfg["log_every"] == 0 or step % steps_per_epoch == 0
+                            saves = (
+                                bool(cfg["save_every"])
+                                and step % cfg["save_every"] == 0
+                                and step % steps_per_epoch != 0
+                            )
+                            if (due or saves) and watcher.check():
+                                taken_back()
+                                break
+                            if due:
+                                log(_train_row(state, steps_per_epoch))
+                                tell_skipped()
+                            if saves:
+                                saver.save(state, *watcher.names)
+                                state.speed.resume()
             except (Interrupted, SampleError, PeerFailed):
-                _stop_if_not_finite(state, recipe, saver)
+                if watcher.check():
+                    taken_back()
                 saver.save(state, checkpoint.LAST)
                 saver.flush(state)
                 raise
@@ -267,6 +284,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
             "num_classes": num_classes,
             "seed": seed,
             "torch": torch.__version__,
+            "skipped_steps": state.watch.read(ranks).skipped,
+            "rewinds": len(state.rewinds),
             "skipped_train": len(set().union(*ranks.gather(set(train_loader.skipped.faults)))),
             "skipped_val": len(set().union(*ranks.gather(set(eval_loader.skipped.faults)))),
             "memory": ranks.gather(peak_memory(device)),
@@ -275,7 +294,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
             "command": job.command,
         }
         if cfg["baseline"]:
-            result |= _efficiency(result, cfg["baseline"])
+            result |= folders.efficiency(result, cfg["baseline"])
         if ranks.is_main:
             record.write_json(folder / "result.json", result)
         return result
@@ -296,16 +315,6 @@ def _is_hopeless(folder: Path, row: "Row") -> bool:
     return hopeless(folder, row["epoch"], row["ema/top1" if "ema/top1" in row else "eval/top1"])
 
 
-def _efficiency(result: dict[str, Any], baseline: str) -> dict[str, Any]:
-    """The speed of a device here as a share of that in another run, and what else differs between the two."""
-    other = folders.baseline(baseline)
-    share = result["fps"] / result["world_size"] / (other["fps"] / other["world_size"])
-    same = ("amp", "device_name", "batch_size", "image_size", "params")
-    differs = [f"{key} {other.get(key)} → {result[key]}" for key in same if other.get(key) != result[key]]
-    fps = other["fps"] / other["world_size"]
-    return {"baseline": baseline, "baseline_fps": fps, "scaling_efficiency": share, "baseline_differs": differs}
-
-
 def _train_row(state: "TrainState", steps_per_epoch: int) -> "Row":
     """The metrics since the last row; waits for the device."""
     state.train_loss = state.meter.read(state.ranks)
@@ -320,23 +329,9 @@ def _train_row(state: "TrainState", steps_per_epoch: int) -> "Row":
         "train/compute": speed.compute,
         "train/data_wait": speed.data_wait,
     }
-    return row | ({"train/reduction": speed.reduction} if state.ranks.world_size > 1 else {})
-
-
-def _stop_if_not_finite(state: "TrainState", recipe: "Recipe", saver: "Saver") -> None:
-    """UserError with the step, the learning rate and the last good checkpoint where a loss was not finite."""
-    from ghostnet import checkpoint
-
-    bad = state.meter.bad_step(state.ranks)
-    if bad is not None or not state.is_finite():
-        what, step = ("the loss is", bad) if bad is not None else ("weights are", state.step)
-        saver.flush(state)
-        last = saver.folder / checkpoint.LAST
-        raise UserError(
-            f"{what} not finite at step {step}, learning rate {recipe.schedule(step - 1):.4g}. "
-            f"{f'The last good checkpoint is {last}.' if last.exists() else 'There is no checkpoint yet.'} "
-            "Try a lower optim.lr, a longer schedule.warmup_epochs, or amp=none."
-        )
+    row |= {"train/reduction": speed.reduction} if state.ranks.world_size > 1 else {}
+    row |= {"train/skipped": state.watch.read(state.ranks).skipped} if state.on_nan == "skip" else {}
+    return row | ({"train/rewinds": len(state.rewinds)} if state.on_nan == "rewind" else {})
 
 
 def _evaluate(

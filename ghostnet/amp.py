@@ -16,6 +16,7 @@ from ghostnet.device import apex_options, check_bf16, grad_scaler, half_dtype
 from ghostnet.errors import UserError
 from ghostnet.models.fold import folded
 from ghostnet.models.ghostnet import GhostNet
+from ghostnet.optim import step_unless
 from ghostnet.schema import Positive
 
 MakeOptimizer = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
@@ -52,14 +53,29 @@ class Scale:
         elif gradients := [p.grad for p in parameters if p.grad is not None]:
             torch._foreach_div_(gradients, self.number)
 
-    def step(self, optimizer: Optimizer) -> None:
-        """Update, or skip the update where a dynamic scale was too large, and move that scale."""
+    def step(self, optimizer: Optimizer, bad: Tensor | None) -> None:
+        """Update, or skip the update where a dynamic scale was too large, and move that scale.
+
+        bad: as of Amp.update(); a dynamic scale sees by itself what a bad loss makes of the gradients.
+        """
         if self.number is None:
             self.scaler.step(optimizer)
             self.scaler.update()
             self.scaler._scale.clamp_(max=self.LARGEST)
         else:
-            optimizer.step()
+            _update(optimizer, bad)
+
+    def now(self) -> float | None:
+        """A dynamic scale as it is; waits for the device."""
+        return None if self.number is not None else float(self.scaler.get_scale())
+
+    def suspicion(self, dtype: torch.dtype) -> str:
+        """Whether this may be why a loss is not finite, in a sentence."""
+        if dtype == torch.bfloat16:
+            return "computes in bfloat16 here, which reaches as far as float32, and is hardly the cause"
+        if self.number is None:
+            return "may be the cause: no loss scale helps activations beyond 65,504, where float16 ends"
+        return f"may be the cause: float16 ends at 65,504, and a loss scale of {self.number:g} is never checked"
 
     def state_dict(self) -> dict[str, Any]:
         """Of a dynamic scale."""
@@ -72,10 +88,19 @@ class Scale:
             self.scaler.load_state_dict(self.scaler.state_dict() | state)
 
 
+def _update(optimizer: Optimizer, bad: Tensor | None) -> None:
+    if bad is None:
+        optimizer.step()
+    else:
+        step_unless(bad, optimizer)
+
+
 class Amp:
     """fp32, and the protocol of the others."""
 
     name = "none"
+    dynamic = False
+    """Whether gradients that overflow are usual, and skipped by a loss scale that then gets smaller."""
 
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
@@ -100,10 +125,29 @@ class Amp:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
-        """Clip the gradients to a norm (null: not), update the weights and drop the gradients."""
-        self._clip(clip_grad_norm)
-        optimizer.step()
+        """gradients() and update() in one."""
+        self.gradients(optimizer, clip_grad_norm)
+        self.update(optimizer)
+
+    def gradients(self, optimizer: Optimizer, clip_grad_norm: float | None) -> Tensor:
+        """Ready the gradients: whole, clipped to a norm (null: not) -> their norm before that.
+
+        It is finite where all gradients are, but for those beyond 1e19, whose squares are not.
+        """
+        return self._clip(self.parameters, clip_grad_norm)
+
+    def update(self, optimizer: Optimizer, bad: Tensor | None = None) -> None:
+        """Update the weights and drop the gradients; bad: a flag on the device, where it is true nothing is updated."""
+        _update(optimizer, bad)
         optimizer.zero_grad()
+
+    def scale(self) -> float | None:
+        """The dynamic loss scale as it is; waits for the device. None where there is none."""
+        return None
+
+    def suspicion(self) -> str:
+        """Whether the precision may be why a loss is not finite, in a sentence."""
+        return "computes in float32: precision is not the cause"
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict with its full-precision weights; the tensors are the live ones."""
@@ -127,9 +171,11 @@ class Amp:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of the loss scale."""
 
-    def _clip(self, norm: float | None) -> None:
+    @staticmethod
+    def _clip(parameters: list[Tensor], norm: float | None) -> Tensor:
         if norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, norm)
+            return nn.utils.clip_grad_norm_(parameters, norm)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Bf16(Amp):
@@ -145,6 +191,10 @@ class Bf16(Amp):
     def for_evaluation(self, module: nn.Module, device: torch.device) -> nn.Module:
         """Folded, in half precision once and for all."""
         return folded(module).to(self.dtype) if isinstance(module, GhostNet) else module
+
+    def suspicion(self) -> str:
+        """Bfloat16 reaches as far as float32."""
+        return "reaches as far as float32, and is hardly the cause"
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Fp32 logits (N, C), computed under autocast."""
@@ -162,6 +212,7 @@ class Fp16(Bf16):
     def __init__(self, loss_scale: LossScale) -> None:
         super().__init__()
         self.loss_scale = Scale(loss_scale)
+        self.dynamic = self.loss_scale.number is None
 
     def check(self, device: torch.device) -> None:
         """Every device computes in float16."""
@@ -175,12 +226,23 @@ class Fp16(Bf16):
         """Add the gradients of loss × scale."""
         super().backward(self.loss_scale.scaled(loss))
 
-    def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
-        """Unscale, clip, update; a dynamic scale skips the update on overflow."""
+    def gradients(self, optimizer: Optimizer, clip_grad_norm: float | None) -> Tensor:
+        """Unscale, clip."""
         self.loss_scale.unscale(optimizer, self.parameters)
-        self._clip(clip_grad_norm)
-        self.loss_scale.step(optimizer)
+        return self._clip(self.parameters, clip_grad_norm)
+
+    def update(self, optimizer: Optimizer, bad: Tensor | None = None) -> None:
+        """Update; a dynamic scale skips it on overflow."""
+        self.loss_scale.step(optimizer, bad)
         optimizer.zero_grad()
+
+    def scale(self) -> float | None:
+        """The dynamic loss scale as it is."""
+        return self.loss_scale.now()
+
+    def suspicion(self) -> str:
+        """Float16 may well be."""
+        return self.loss_scale.suspicion(self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a dynamic loss scale."""
@@ -202,6 +264,7 @@ class O2(Amp):
     def __init__(self, loss_scale: LossScale) -> None:
         super().__init__()
         self.loss_scale = Scale(loss_scale)
+        self.dynamic = self.loss_scale.number is None
         self.dtype = torch.float16
         self.masters: dict[str, Tensor] = {}
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -235,16 +298,28 @@ class O2(Amp):
         super().backward(self.loss_scale.scaled(loss))
 
     @torch.no_grad()
-    def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
-        """Gradients to the masters, unscale, clip, update the masters, copy them back."""
+    def gradients(self, optimizer: Optimizer, clip_grad_norm: float | None) -> Tensor:
+        """Gradients to the masters, unscale, clip."""
         for parameter, master in self.pairs:
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         self.loss_scale.unscale(optimizer, self.parameters)
-        self._clip(clip_grad_norm)
-        self.loss_scale.step(optimizer)
+        return self._clip(self.parameters, clip_grad_norm)
+
+    @torch.no_grad()
+    def update(self, optimizer: Optimizer, bad: Tensor | None = None) -> None:
+        """Update the masters, copy them back."""
+        self.loss_scale.step(optimizer, bad)
         self._copy_back()
         optimizer.zero_grad()
+
+    def scale(self) -> float | None:
+        """The dynamic loss scale as it is."""
+        return self.loss_scale.now()
+
+    def suspicion(self) -> str:
+        """Float16 may well be."""
+        return self.loss_scale.suspicion(self.dtype)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The state dict with the fp32 masters in place of the half-precision weights."""
@@ -299,6 +374,7 @@ class Apex(Amp):
                 f"Python package index is something else). amp=o2 does the same without it. ({error})"
             ) from None
         self.loss_scale = loss_scale
+        self.dynamic = loss_scale == "dynamic"
         self.optimizer: Optimizer | None = None
         self.names: list[str] = []
         """Of the master parameters, in the optimizer's order."""
@@ -320,13 +396,26 @@ class Apex(Amp):
         with self.apex.scale_loss(loss, self.optimizer) as scaled:
             scaled.backward()
 
-    def step(self, optimizer: Optimizer, clip_grad_norm: float | None) -> None:
-        """Clip on the masters, update."""
-        if clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(list(self.apex.master_params(optimizer)), clip_grad_norm)
+    def gradients(self, optimizer: Optimizer, clip_grad_norm: float | None) -> Tensor:
+        """Clip on the masters."""
+        return self._clip(list(self.apex.master_params(optimizer)), clip_grad_norm)
+
+    def update(self, optimizer: Optimizer, bad: Tensor | None = None) -> None:
+        """Update; apex itself says what it skips."""
+        assert bad is None, "the door refuses on_nan=skip with apex"
         optimizer.step()
         # Without set_to_none, which apex's own zero_grad doesn't take: it knows which gradients must stay.
         optimizer.zero_grad()
+
+    def scale(self) -> float | None:
+        """The dynamic loss scale as it is; apex keeps it on the host."""
+        if not self.dynamic:
+            return None
+        return min(float(scaler["loss_scale"]) for scaler in self.apex.state_dict().values())
+
+    def suspicion(self) -> str:
+        """Float16 may well be."""
+        return Scale(self.loss_scale).suspicion(torch.float16)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The state dict with apex's fp32 masters in place of the half-precision weights."""

@@ -19,6 +19,8 @@ from ghostnet.seal import Sealing
 
 FORMAT = "ghostnet-torch"
 LAST, BEST = "last.pt", "best.pt"
+REWIND = "rewind.pt"
+"""What a run with on_nan=rewind is taken back to: its last save that was due by the config."""
 PREVIOUS = "previous-{}.pt"
 KINDS: dict[str, Any] = {
     "config": dict,

@@ -57,7 +57,8 @@ class TrainConfig:
     keep: PositiveInt = 2
     force: bool = False
     stall_timeout: Positive = 1800
-    """Nor had runs of version 0.3 these three."""
+    on_nan: Literal["stop", "skip", "rewind"] = "stop"
+    """Nor had runs of version 0.3 these four."""
 
 
 @dataclass

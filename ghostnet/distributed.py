@@ -150,6 +150,14 @@ class Ranks:
                 dist.all_reduce(tensor)
             tensor /= self.world_size
 
+    def any(self, flag: Tensor) -> Tensor:
+        """A flag on the device that is true where it is on any rank; no host waits."""
+        if self.world_size == 1:
+            return flag
+        found = flag.to(torch.uint8)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.bool()
+
     def from_main_(self, tensor: Tensor) -> None:
         """Replace a tensor on the device by the main rank's."""
         if self.world_size > 1:

@@ -18,12 +18,19 @@ class Ema:
         self.module = copy.deepcopy(model).float().eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, state: dict[str, Tensor], step: int) -> None:
-        """Follow a state dict (fp32, any device of the module) after `step` updates."""
+    def update(self, state: dict[str, Tensor], step: int, left_out: Tensor | None = None) -> None:
+        """Follow a state dict (fp32, any device of the module) after `step` updates.
+
+        left_out: a flag on the device; where it is true, the step was none, and the average stays as it is.
+        """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         own = self.module.state_dict()
         floats = [name for name, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[name] for name in floats], [state[name] for name in floats], weight)
+        averages, values = [own[name] for name in floats], [state[name] for name in floats]
+        if left_out is None:
+            torch._foreach_lerp_(averages, values, weight)
+        else:
+            torch._foreach_lerp_(averages, values, [torch.where(left_out, 0.0, weight)] * len(floats))
         for name, value in own.items():
             if not value.is_floating_point():
                 value.copy_(state[name])

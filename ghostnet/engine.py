@@ -21,8 +21,9 @@ from ghostnet.distributed import ALONE, Ranks, local_gradients
 from ghostnet.ema import Ema
 from ghostnet.errors import SampleError, UserError
 from ghostnet.metrics import EvalResult, LossMeter, Span, Speedometer, hits, mean_meter
-from ghostnet.optim import Schedule, load_state
-from ghostnet.seeding import seed_step
+from ghostnet.nonfinite import OnNan, Watch
+from ghostnet.optim import Kept, Schedule, load_state
+from ghostnet.seeding import rewound, seed_step
 from ghostnet.signals import StopSignal
 from ghostnet.watchdog import LONG, waiting
 
@@ -39,6 +40,8 @@ class TrainState:
     ranks: Ranks = ALONE
     dist_bn: Literal["reduce", "broadcast"] = "reduce"
     """How ranks agree on BatchNorm's statistics: their mean, or the main rank's."""
+    on_nan: OnNan = "stop"
+    """What becomes of a step whose loss or gradients are not finite."""
     step: int = 0
     evaluated: int = 0
     """The step of the last evaluation that finished."""
@@ -48,15 +51,19 @@ class TrainState:
     """Of the last train row."""
     last: dict[str, Any] = field(default_factory=dict)
     """The eval row of the last evaluation."""
+    rewinds: list[int] = field(default_factory=list)
+    """The steps that the run was taken back to; what is left of an epoch then has another order."""
     parallel: nn.Module = field(init=False)
     """The model, its gradients averaged over the ranks."""
     meter: LossMeter = field(init=False)
     speed: Speedometer = field(init=False)
+    watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
         self.parallel = self.ranks.parallel(self.model, self.device)
         self.meter = LossMeter(self.device)
         self.speed = Speedometer(self.device)
+        self.watch = Watch(self.device, self.on_nan == "skip")
 
     def _statistics(self) -> list[Tensor]:
         """BatchNorm's running means and variances, of the model and of its average: all that differs between ranks."""
@@ -97,6 +104,8 @@ class TrainState:
             "last": self.last,
             "train_loss": self.train_loss,
             "speed": self.speed.state_dict(),
+            "watch": self.watch.state_dict(),
+            "rewinds": list(self.rewinds),
         }
 
     @contextlib.contextmanager
@@ -128,6 +137,9 @@ class TrainState:
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.best, self.last, self.train_loss = state["best"], state["last"], state["train_loss"]
         self.speed.load_state_dict(state["speed"])
+        if "watch" in state:  # which runs of version 0.3 had not
+            self.watch.load_state_dict(state["watch"])
+            self.rewinds = list(state["rewinds"])
 
     def is_finite(self) -> bool:
         """Whether all weights and BatchNorm statistics of all ranks are finite numbers; waits for the device."""
@@ -176,17 +188,20 @@ def train(state: TrainState, loader: TrainLoader, recipe: Recipe, stop: StopSign
     per_epoch = steps_per_epoch(loader, recipe.accumulate)
     epoch, start = divmod(state.step, per_epoch)
     images_per_step = loader.batch_size * state.ranks.world_size * recipe.accumulate
-    batches = loader.batches(epoch, start * recipe.accumulate)
+    here = [
+        taken_back % per_epoch * recipe.accumulate for taken_back in state.rewinds if taken_back // per_epoch == epoch
+    ]
+    batches = loader.batches(epoch, start * recipe.accumulate, here, len(state.rewinds))
     state.parallel.train()
     state.speed.resume()
     try:
         for _ in range(start, per_epoch):
             state.speed.begin()
-            waits, reductions = _update(state, batches, recipe, stop)
+            waits, reductions, left_out = _update(state, batches, recipe, stop)
             state.step += 1
             state.speed.step(images_per_step, waits, reductions)
             if state.ema:
-                state.ema.update(state.amp.weights(state.model), state.step)
+                state.ema.update(state.amp.weights(state.model), state.step, left_out)
             yield state.step
     finally:
         batches.close()  # type: ignore[attr-defined]
@@ -194,12 +209,16 @@ def train(state: TrainState, loader: TrainLoader, recipe: Recipe, stop: StopSign
 
 def _update(
     state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], recipe: Recipe, stop: StopSignal
-) -> tuple[list[Span], list[Span]]:
-    """One optimizer step over `accumulate` batches. -> Its spans without data, and of reduction."""
+) -> tuple[list[Span], list[Span], Tensor | None]:
+    """One optimizer step over `accumulate` batches. -> Its spans without data, and of reduction; whether it was none.
+
+    The last is a flag on the device, None where all steps are taken as they come.
+    """
     waits: list[Span] = []
     reductions: list[Span] = []
     total = torch.zeros((), device=state.device)
-    kept = [(buffer, buffer.clone()) for buffer in state.model.buffers()] if recipe.accumulate > 1 else []
+    skips, seed = state.watch.skips, rewound(recipe.seed, len(state.rewinds))
+    statistics = Kept(state.model.buffers()) if recipe.accumulate > 1 or skips else None
     for part in range(recipe.accumulate):
         before, error = mark(state.device), None
         try:
@@ -210,29 +229,34 @@ def _update(
             stop.check(error)
         except Exception:
             # This step never was: BatchNorm has seen its first batches already.
-            for buffer, value in kept:
-                buffer.copy_(value)
+            if statistics:
+                statistics.put_back()
             raise
         waits.append((before, mark(state.device)))
         forward_pass = state.step * recipe.accumulate + part
-        seed_step(recipe.seed, forward_pass, state.ranks.rank)
+        seed_step(seed, forward_pass, state.ranks.rank)
         images = recipe.preprocessing.normalize(images).contiguous(memory_format=memory_format(state.device))
-        images, mixed = recipe.mix(images, labels, recipe.seed, forward_pass)
+        images, mixed = recipe.mix(images, labels, seed, forward_pass)
         is_last = part == recipe.accumulate - 1
         with nullcontext() if is_last else local_gradients(state.parallel):
             loss = cross_entropy(state.amp.forward(state.parallel, images), labels, mixed, recipe.label_smoothing)
             loss = loss / recipe.accumulate
             # It ends once the other ranks have sent their gradients.
             with waiting("the other ranks' gradients", others=True) if state.ranks.reduction else nullcontext():
-                state.amp.backward(loss)
+                state.amp.backward(state.watch.spread(loss))
         if is_last and state.ranks.reduction:
             reductions.append((state.ranks.reduction.ready, mark(state.device)))
         total += loss.detach()
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.schedule(state.step)
-    state.amp.step(state.optimizer, recipe.clip_grad_norm)
-    state.meter.add(total, state.step + 1)
-    return waits, reductions
+    norm = state.amp.gradients(state.optimizer, recipe.clip_grad_norm)
+    bad = state.watch.look(state.step + 1, total, norm, state.amp.dynamic, state.ranks)
+    left_out = bad if skips else None
+    state.amp.update(state.optimizer, left_out)
+    if statistics and left_out is not None:
+        statistics.put_back(left_out)
+    state.meter.add(total, left_out)
+    return waits, reductions, left_out
 
 
 def compile_step(state: TrainState, recipe: Recipe, batch_size: int, image_size: int) -> float:

@@ -10,7 +10,7 @@ class ConfigError(UserError):
 
 
 class SampleError(UserError):
-    """A sample of the data that can't be read, found while training goes on."""
+    """What ends a training whose state is whole, and is saved: mostly a sample of the data that can't be read."""
 
 
 class StorageError(UserError):
@@ -21,13 +21,18 @@ class PeerFailed(Exception):  # noqa: N818 (the error is another rank's)
     """Another rank can't go on; it says why itself."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a card had no memory left: each of them says so in its own way."""
+    # The last is oneDNN's, where there is no room for the code that it makes.
+    told = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a primitive")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in told)
+
+
 def explain(error: Exception) -> str | None:
     """A fault that the user can mend in one message; None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or any(
-        words in str(error) for words in ("can't allocate memory", "out of memory")
-    ):
+    if is_out_of_memory(error):
         return "out of memory. Give a smaller data.batch_size (accumulate=2 keeps the global batch) or eval_batch_size."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'writing'}: {error.strerror}."

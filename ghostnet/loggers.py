@@ -47,6 +47,9 @@ class Logger(Protocol):
     def log(self, row: Row) -> None:
         """One row of metrics."""
 
+    def back(self, step: int, evaluated: int) -> None:
+        """The run was taken back to a step; the rows after it will come again. evaluated: as of RunInfo."""
+
     def finish(self, result: Row | None) -> None:
         """The run's result, or None where it was cut short."""
 
@@ -60,8 +63,12 @@ class JsonLines:
     def start(self, run: RunInfo) -> None:
         """Keep the rows up to the step the run goes on from."""
         self.path = run.folder / "metrics.jsonl"
+        self.back(run.step, run.evaluated)
+
+    def back(self, step: int, evaluated: int) -> None:
+        """Keep the rows up to the step."""
         if self.path.exists():
-            kept = [line for line in self._rows() if self._is_past(json.loads(line), run)]
+            kept = [line for line in self._rows() if self._is_past(json.loads(line), step, evaluated)]
             temporary = self.path.with_suffix(".tmp")
             with writing(self.path):
                 temporary.write_text("".join(kept))
@@ -75,8 +82,8 @@ class JsonLines:
                 yield line
 
     @staticmethod
-    def _is_past(row: Row, run: RunInfo) -> bool:
-        return bool(row["step"] <= (run.evaluated if "eval/top1" in row else run.step))
+    def _is_past(row: Row, step: int, evaluated: int) -> bool:
+        return bool(row["step"] <= (evaluated if "eval/top1" in row else step))
 
     def log(self, row: Row) -> None:
         """Append a row; StorageError where it can't be."""
@@ -147,6 +154,10 @@ class ConsoleLogger:
             self.epoch = self.progress.add_task("epoch", total=per_epoch, completed=run.step % per_epoch)
             self.evaluation = self.progress.add_task("evaluation", total=None, visible=False)
             self.progress.start()
+
+    def back(self, step: int, evaluated: int) -> None:
+        """Of the time left, go by the steps that are done from here on."""
+        self.first_step, self.started = step, time.monotonic()
 
     def advance(self, step: int) -> None:
         """Move the bars to a step."""

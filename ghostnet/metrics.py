@@ -11,45 +11,47 @@ from ghostnet.distributed import ALONE, Ranks
 
 
 class LossMeter:
-    """The mean loss since the last reading, and the first step whose loss was not finite, both on the device."""
+    """The mean loss since the last reading, on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros((), device=device)
+        self.sums = torch.zeros(2, device=device)
+        """Of the losses, and of the steps that were left out."""
         self.count = 0
-        self.first_bad = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
 
-    def add(self, loss: Tensor, step: int) -> None:
-        """Add the detached scalar loss of one step, counted from 1."""
-        self.total += loss
+    def add(self, loss: Tensor, left_out: Tensor | None = None) -> None:
+        """Add the detached scalar loss of one step; left_out: a flag on the device, where it is true the step isn't."""
+        if left_out is None:
+            self.sums[0] += loss
+        else:
+            self.sums += torch.stack([torch.where(left_out, 0.0, loss), left_out.to(loss.dtype)])
         self.count += 1
-        self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step))
-
-    def bad_step(self, ranks: Ranks = ALONE) -> int | None:
-        """The first step with a NaN or infinite loss on any rank, None if there was none. Waits for the device."""
-        step = -ranks.largest(-int(self.first_bad.item()))
-        return None if step == torch.iinfo(torch.int64).max else step
 
     def read(self, ranks: Ranks = ALONE) -> float:
-        """The mean loss since the last reading over all ranks; starts the next mean. Waits for the device."""
-        totals = ranks.gather(float(self.total.item()))
-        mean = sum(totals) / len(totals) / max(1, self.count)
-        self.total.zero_()
+        """The mean loss since the last reading over all ranks; starts the next mean. Waits for the device.
+
+        NaN where all steps were left out.
+        """
+        total, left_out = self.sums.tolist()
+        totals, count = ranks.gather(total), self.count - round(left_out)
+        mean = sum(totals) / len(totals) / max(1, count) if count or not self.count else float("nan")
+        self.sums.zero_()
         self.count = 0
         return mean
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint needs for the mean under way to go on."""
-        return {"total": float(self.total.item()), "count": self.count}
+        total, left_out = self.sums.tolist()
+        return {"total": total, "count": self.count, "left_out": left_out}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on with a mean under way."""
-        self.total.fill_(state["total"])
+        """Go on with a mean under way; runs of version 0.3 left nothing out."""
+        self.sums.copy_(torch.tensor([state["total"], state.get("left_out", 0.0)]))
         self.count = int(state["count"])
 
 
 def mean_meter(states: list[dict[str, float]]) -> dict[str, float]:
     """The state of one meter in the place of those of several ranks."""
-    return {"total": sum(state["total"] for state in states) / len(states), "count": states[0]["count"]}
+    return states[0] | {"total": sum(state["total"] for state in states) / len(states)}
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:

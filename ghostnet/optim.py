@@ -84,6 +84,55 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
+class Kept:
+    """A copy of tensors as they are, and the way back; no device is waited for."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(tensor.dtype, []).append(tensor)
+        # One piece for all of a kind: a model has hundreds of small ones.
+        self.groups = [(group, _joined(group)) for group in groups.values()]
+
+    @torch.no_grad()
+    def put_back(self, wanted: Tensor | None = None) -> None:
+        """Make the tensors what they were; wanted: a flag on the device, where it is false they stay as they are."""
+        for group, kept in self.groups:
+            value = kept if wanted is None else torch.where(wanted, kept, _joined(group))
+            parts = torch.split(value, [tensor.numel() for tensor in group])
+            torch._foreach_copy_(group, [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)])
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def step_unless(bad: Tensor, optimizer: Optimizer) -> None:
+    """Update, but leave weights and moments as they are where a flag on the device is true; it is not waited for."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # a fused kernel: it looks at the flag itself
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        return
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = _moments(optimizer)
+    kept = Kept([*weights, *before])
+    optimizer.step()
+    kept.put_back(bad)
+    there = set(map(id, before))
+    for made in _moments(optimizer):  # in the first step, from zeros
+        if id(made) not in there:
+            made.copy_(torch.where(bad, torch.zeros_like(made), made))
+
+
+def _moments(optimizer: Optimizer) -> list[Tensor]:
+    """The optimizer's state of its parameters, where they are; its count of steps, on the host, is not needed."""
+    found = [(parameter, value) for parameter, state in optimizer.state.items() for value in state.values()]
+    return [value for parameter, value in found if isinstance(value, Tensor) and value.shape == parameter.shape]
+
+
 def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Go on from the state_dict of an optimizer of the same parameters; but for the rate, settings stay as they are."""
     own = optimizer.state_dict()["param_groups"]

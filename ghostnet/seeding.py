@@ -12,6 +12,11 @@ def fold_in(seed: int, *values: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def rewound(seed: int, times: int) -> int:
+    """The seed of what is random after a run was taken back so many times; unchanged for none."""
+    return fold_in(seed, "rewind", times) if times else seed
+
+
 def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
     """The generator of one sample's augmentation: a function of (seed, epoch, sample index) alone."""
     return random.Random(fold_in(seed, "augment", epoch, index))

@@ -504,7 +504,7 @@ def test_apex_is_called_in_the_order_of_its_documentation(apex):
     assert apex.calls == ["scale_loss", "unscaled", "master_params", "step", "zero_grad"]
     apex.calls.clear()
     go_on(amp, model, optimizer, range(1))
-    assert apex.calls == ["scale_loss", "unscaled", "step", "zero_grad"]
+    assert apex.calls == ["scale_loss", "unscaled", "master_params", "step", "zero_grad"]
 
 
 def test_apex_combines_gradients_on_npus(apex):

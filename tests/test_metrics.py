@@ -59,40 +59,41 @@ def test_accuracy_is_in_per_cent():
 
 def test_a_reading_of_the_loss_is_the_mean_since_the_last_reading():
     meter = LossMeter(CPU)
-    for step, loss in enumerate((1.0, 2.0, 6.0), 1):
-        meter.add(torch.tensor(loss), step)
+    for _step, loss in enumerate((1.0, 2.0, 6.0), 1):
+        meter.add(torch.tensor(loss))
     assert meter.read() == 3.0
-    meter.add(torch.tensor(0.5), 4)
+    meter.add(torch.tensor(0.5))
     assert meter.read() == 0.5
-    assert meter.bad_step() is None
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_step_with_a_loss_that_is_not_finite_is_kept(bad):
+def test_steps_that_are_left_out_are_not_in_the_mean():
     meter = LossMeter(CPU)
-    for step, loss in enumerate((1.0, 1.0, bad, 1.0, math.nan, 1.0), 1):
-        meter.add(torch.tensor(loss), step)
-        if step == 4:
-            meter.read()
-    assert meter.bad_step() == 3
+    for loss, left_out in ((1.0, False), (math.nan, True), (math.inf, True), (2.0, False)):
+        meter.add(torch.tensor(loss), torch.tensor(left_out))
+    state = meter.state_dict()
+    assert meter.read() == 1.5
+    meter.load_state_dict(state)
+    assert meter.read() == 1.5
+    meter.add(torch.tensor(math.nan), torch.tensor(True))
+    assert math.isnan(meter.read())
 
 
 def test_a_mean_under_way_goes_on_from_its_saved_state():
     losses = torch.rand(9, generator=torch.Generator().manual_seed(0))
     whole, first, second = LossMeter(CPU), LossMeter(CPU), LossMeter(CPU)
     for step, loss in enumerate(losses, 1):
-        whole.add(loss, step)
+        whole.add(loss)
         if step <= 5:
-            first.add(loss, step)
+            first.add(loss)
     second.load_state_dict(first.state_dict())
     for step in range(6, 10):
-        second.add(losses[step - 1], step)
+        second.add(losses[step - 1])
     assert second.read() == whole.read()
 
 
 def test_adding_a_loss_keeps_no_reference_to_it():
     meter, loss = LossMeter(CPU), torch.tensor(1.0)
-    meter.add(loss, 1)
+    meter.add(loss)
     loss.fill_(7.0)
     assert meter.read() == 1.0
 
@@ -212,7 +213,7 @@ class Twin(Ranks):
 
 def test_ranks_tell_the_mean_of_their_losses_and_seconds(clock):
     meter = LossMeter(CPU)
-    meter.add(torch.tensor(2.0), 1)
+    meter.add(torch.tensor(2.0))
     assert meter.read(Twin()) == 3.0
     speed = warm(clock)
     steps(speed, clock, 2, seconds=0.5)

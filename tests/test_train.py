@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(run: Run, tmp_pat
         "save_every=1",
     )
     assert done.returncode == 1
-    assert re.search(r"not finite at step \d+, learning rate \d", done.stderr), done.stderr
+    assert re.search(r"not finite .*first at epoch \d+, step \d+, learning rate \d", done.stderr), done.stderr
     assert "last.pt" in done.stderr
     assert "Traceback" not in done.stderr
     saved = checkpoint.load(tmp_path / "here" / "last.pt")

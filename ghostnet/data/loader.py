@@ -1,5 +1,6 @@
 """Feeding the step: threads decode and augment into reused uint8 batches while the device computes."""
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ from ghostnet.data.decode import Array
 from ghostnet.data.transforms import Augment, Preprocessing
 from ghostnet.device import copy_to, pinned
 from ghostnet.distributed import ALONE, Ranks
-from ghostnet.errors import SampleError, UserError
-from ghostnet.seeding import fold_in, sample_rng
+from ghostnet.errors import SampleError, UserError, is_out_of_memory
+from ghostnet.seeding import fold_in, rewound, sample_rng
 from ghostnet.watchdog import waiting
 
 Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -76,28 +77,41 @@ class TrainLoader:
                 "training images. Give a smaller data.batch_size."
             )
 
-    def indices(self, epoch: int) -> Indices:
-        """This rank's sample indices of an epoch (batches, batch_size): a slice of every global batch, rest dropped."""
+    def indices(self, epoch: int, rewinds: Sequence[int] = ()) -> Indices:
+        """This rank's sample indices of an epoch (batches, batch_size): a slice of every global batch, rest dropped.
+
+        rewinds: the batches of this epoch that the run was taken back to; from there on the rest is in another order.
+        """
         order = np.random.default_rng(fold_in(self.seed, "order", epoch)).permutation(len(self.dataset))
+        for time, batch in enumerate(rewinds, 1):
+            rest = order[batch * self.ranks.world_size * self.batch_size :]
+            rest[:] = np.random.default_rng(fold_in(self.seed, "rest", epoch, time)).permutation(rest)
         whole = order[: self.batches_per_epoch * self.ranks.world_size * self.batch_size]
         return whole.reshape(self.batches_per_epoch, self.ranks.world_size, self.batch_size)[:, self.ranks.rank]
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images uint8 (N, S, S, 3), labels (N,)) on the device, of one epoch from its start-th batch on."""
+    def batches(
+        self, epoch: int, start: int = 0, rewinds: Sequence[int] = (), times: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8 (N, S, S, 3), labels (N,)) on the device, of one epoch from its start-th batch on.
+
+        rewinds: as of indices(). times: how often the run was taken back in all; augmentation is another after each.
+        """
+        seed = rewound(self.seed, times)
 
         def sample(index: int, out: Array) -> tuple[Array, int]:
-            rng = sample_rng(self.seed, epoch, index)
+            rng = sample_rng(seed, epoch, index)
             for left in reversed(range(TRIES)):
                 try:
-                    return self.augment(self.dataset.image(index), rng, self.preprocessing, out), index
+                    with named(self.dataset, index):
+                        return self.augment(self.dataset.image(index), rng, self.preprocessing, out), index
                 except SampleError as error:
                     if not self.skip or not left:
                         raise
                     self.skipped.faults[index] = str(error)
-                    index = fold_in(self.seed, "instead", epoch, index) % len(self.dataset)
+                    index = fold_in(seed, "instead", epoch, index) % len(self.dataset)
             raise AssertionError
 
-        return self.feeder.feed(list(self.indices(epoch)[start:]), self.dataset.labels, sample)
+        return self.feeder.feed(list(self.indices(epoch, rewinds)[start:]), self.dataset.labels, sample)
 
 
 class EvalLoader:
@@ -128,7 +142,8 @@ class EvalLoader:
             if self.cache and self.cache.read(index, out):
                 return out, index
             try:
-                place(self.preprocessing(self.dataset.image(index)), out)
+                with named(self.dataset, index):
+                    place(self.preprocessing(self.dataset.image(index)), out)
             except SampleError as error:
                 if not self.skip:
                     raise
@@ -217,6 +232,21 @@ class Feeder:
                     place(picture, out)
 
         return [self.pool.submit(fill, start) for start in range(0, len(indices), CHUNK)]
+
+
+@contextlib.contextmanager
+def named(dataset: Dataset, index: int) -> Iterator[None]:
+    """Whatever else a picture leads to, inside a thread, is a SampleError that names it, as one that can't be read."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        path = getattr(dataset, "path", None)
+        name = path(index) if path else f"image {index} of {type(dataset).__name__}"
+        raise SampleError(
+            f"{name} can't be used: {type(error).__name__}: {error}. Replace or remove it, or give data.on_error=skip."
+        ) from error
 
 
 def place(picture: Array, out: Array) -> None:

@@ -143,6 +143,17 @@ def classes(values: Values) -> Iterator[Fault]:
 LAST_STRIDE = 32
 """Pixels of the input to one of the last stage."""
 
+
+def skipping(values: Values) -> Iterator[Fault]:
+    """Apex alone decides which steps it skips."""
+    if values.get("on_nan") == "skip" and _is(values, "amp", "Apex"):
+        text = (
+            "on_nan=skip: apex does not let others skip its steps. Give amp=o2, which does the same without it, or "
+            "on_nan=rewind."
+        )
+        yield Fault(("on_nan", "amp._target_"), text)
+
+
 FINDERS: tuple[Callable[[Values], Iterator[Fault]], ...] = (
-    *(image_size, cards, warm_up, decay, momentum, compiled, synchronized, batch, classes),
+    *(image_size, cards, warm_up, decay, momentum, compiled, synchronized, batch, classes, skipping),
 )

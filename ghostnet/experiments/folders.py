@@ -205,3 +205,13 @@ def baseline(path: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise ConfigError(f"baseline={path}: {file} is no result.json of a finished run; give a run's folder.")
+
+
+def efficiency(result: dict[str, Any], place: str) -> dict[str, Any]:
+    """The speed of a device here as a share of that in another run, and what else differs between the two."""
+    other = baseline(place)
+    share = result["fps"] / result["world_size"] / (other["fps"] / other["world_size"])
+    same = ("amp", "device_name", "batch_size", "image_size", "params")
+    differs = [f"{key} {other.get(key)} → {result[key]}" for key in same if other.get(key) != result[key]]
+    fps = other["fps"] / other["world_size"]
+    return {"baseline": place, "baseline_fps": fps, "scaling_efficiency": share, "baseline_differs": differs}

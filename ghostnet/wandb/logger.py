@@ -88,6 +88,9 @@ class Wandb:
         if self.recorder is not None:
             self._hear(self.recorder.news())
 
+    def back(self, step: int, evaluated: int) -> None:
+        """Its process sees that metrics.jsonl is another file."""
+
     def finish(self, result: Row | None) -> None:
         """Bring the result and wait for the end, for so long as the time limit says; say what was recorded where."""
         self.ending = True

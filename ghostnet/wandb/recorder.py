@@ -59,11 +59,15 @@ class Lines:
     """The lines that a file gets, as they come; one that isn't ended yet is left for later."""
 
     def __init__(self, path: Path, behind: int = 0) -> None:
-        self.path, self.position = path, behind
+        self.path, self.position, self.count, self.file = path, behind, 0, 0
+        """count: how many rows the file has; file: which one it is."""
 
     def new(self) -> Iterator[str]:
         """Those since the last call."""
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            if self.file and self.file != os.fstat(file.fileno()).st_ino:  # a run was taken back: a shorter file
+                self.position = self.count = 0
+            self.file = os.fstat(file.fileno()).st_ino
             file.seek(self.position)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -75,7 +79,9 @@ class Lines:
         """The rows among them; a line cut short by a kill is none."""
         for line in self.new():
             with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+                row = json.loads(line)
+                self.count += 1
+                yield row
 
 
 def history_step(row: dict[str, Any]) -> int:
@@ -164,27 +170,27 @@ def record(request: Request, channel: Channel) -> None:
     channel.tell("started", url=run.url if online else None)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    rows, count, sent, last = Lines(folder / "metrics.jsonl"), 0, 0, None
+    rows, sent, last = Lines(folder / "metrics.jsonl"), 0, None
     while last is None:
         last = told(INTERVAL)
         for row in rows.of_json():
-            count += 1
             if history_step(row) >= there:
-                sent += 1
+                # Of a run that was taken back, the history keeps the rows of the first time.
+                sent, there = sent + 1, history_step(row) + 1
                 run.log(row | {"_timestamp": row["time"]}, step=history_step(row), commit=True)
-            if not request.live and count % 100 == 0:
-                channel.tell("rows", count=count)
+            if not request.live and rows.count % 100 == 0:
+                channel.tell("rows", count=rows.count)
         for line in printed.new():
             print(line)
     result = last.get("result")
     artifact = finish(wandb, run, request, result)
     if online:
         channel.tell("uploaded")
-        confirm(wandb, run.path, count)
-    write_state(folder, run, online, count, result is not None)
+        confirm(wandb, run.path, rows.count)
+    write_state(folder, run, online, rows.count, result is not None)
     where = run.path if online else str(run.settings.sync_dir)
     wandb.teardown()
-    channel.tell("done", online=online, where=where, rows=count, sent=sent, artifact=artifact)
+    channel.tell("done", online=online, where=where, rows=rows.count, sent=sent, artifact=artifact)
 
 
 def told(seconds: float) -> dict[str, Any] | None:

@@ -219,7 +219,9 @@ def _examine(cfg: Config, kind: str, about: dict[str, Any], total_steps: int, ep
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    state = engine.TrainState(model, optimizer, amp, ema, CPU, ALONE, cfg["dist_bn"], total_steps, total_steps)
+    state = engine.TrainState(
+        model, optimizer, amp, ema, CPU, ALONE, cfg["dist_bn"], cfg["on_nan"], total_steps, total_steps
+    )
     found["checkpoint"] = checkpoint.size(_content(state, cfg["device"]["count"], about, epochs))
 
     data = cfg["data"]

@@ -22,6 +22,7 @@ Environment variables:
   that pins memory refused, as by the real one.
 - EMULATED_NPU_GENERATION: 1 is an Ascend910A, without bf16 and without inf and NaN as far as torch_npu tells (the
   numbers themselves don't saturate); anything else an Ascend910B2.
+- EMULATED_NPU_MEMORY: MiB of a card; what goes beyond is refused in the real one's words.  Unlimited by default.
 - EMULATED_NPU_CANN: 0 is a machine without CANN, where the import fails.
 - EMULATED_NPU_REPORT: a folder, where each process leaves `<pid>.json` with its counters when it exits.
 - EMULATED_NPU_TRACE: 1 adds to the counters who synchronised or copied, and when.

@@ -22,6 +22,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -198,7 +199,18 @@ void release(void* context) {
   delete block;
 }
 
+long memory() {  // of a card, in bytes
+  static const char* megabytes = std::getenv("EMULATED_NPU_MEMORY");
+  static const long bytes = megabytes ? std::atol(megabytes) << 20 : std::numeric_limits<long>::max();
+  return bytes;
+}
+
 c10::DataPtr on_card(const c10::Storage& host, DeviceIndex index) {
+  long bytes = static_cast<long>(host.nbytes());
+  TORCH_CHECK(
+      bytes <= memory() - allocated[index], "NPU out of memory. Tried to allocate ", bytes / 1048576.0, " MiB (NPU ",
+      static_cast<int>(index), "; ", memory() >> 20, " MiB total capacity; ", allocated[index] >> 20,
+      " MiB already allocated)");
   auto* block = new Block{host, static_cast<long>(host.nbytes()), index};
   if (block->bytes) {
     static std::once_flag first;
