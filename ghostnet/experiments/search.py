@@ -1,5 +1,6 @@
 """Searches by Optuna: a study in a journal file, trials that go on after a kill, hopeless ones cut short."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,10 +16,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from ghostnet.errors import ConfigError
+from ghostnet.errors import ConfigError, UserError
 from ghostnet.experiments import record
 from ghostnet.experiments.grid import SweepJob, job_name, space_of
 
+PATIENCE = 60.0
+"""Seconds for the journal, which others hold for the time of a line."""
 STUDY = "ghostnet"
 JOURNAL = "optuna.journal"
 TRIAL = "trial.json"
@@ -187,10 +190,14 @@ class _Lock:
         self.path, self.file = f"{path}.lock", -1
 
     def acquire(self) -> bool:
-        """Wait for it."""
-        self.file = os.open(self.path, os.O_CREAT | os.O_RDWR)
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        return True
+        """Wait for it; UserError where another process holds it for longer than writing a line takes."""
+        self.file, until = os.open(self.path, os.O_CREAT | os.O_RDWR), time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.01)
+        raise UserError(f"{self.path}: held by another process for {PATIENCE:.0f} s. Is one of the search's stopped?")
 
     def release(self) -> None:
         """Let others have it."""
