@@ -93,6 +93,7 @@ def check(result, page, names):
 # Whole commands
 
 
+@pytest.mark.slow
 def test_loader_measures_ours_and_the_peers_and_tells_quality_and_dispatch(told, image_folder):
     words = ["loader", *SMALL, "seconds=0.05", "peers=timm,webdataset", f"data.root={image_folder}"]
     result, page, done = told(*words)
@@ -130,10 +131,12 @@ def test_evaluate_takes_random_weights_where_it_is_given_none(told, image_folder
     check(result, page, ["evaluate.py"])
 
 
+@pytest.mark.slow
 def test_start_tells_seconds_to_help_to_a_message_and_to_the_first_step(told, tiny_data):
     words = ["device=cpu", "rounds=1", "model=ghostnet_050", "data=samples", f"data.root={tiny_data}"]
     result, page, _ = told("start", *words, "data.batch_size=8")
-    names = ["train.py --help", "train.py --cfg job", "train.py with a typo", "train.py to the first step"]
+    names = ["train.py --help", "train.py --cfg job", "train.py with a typo"]
+    names += ["train.py, 100 jobs with a fault", "train.py to the first step"]
     rows = check(result, page, [*names, "timm to the first step"])
     assert result["unit"] == "seconds"
     ours, timm = rows["train.py to the first step"]["median"], rows["timm to the first step"]

@@ -138,6 +138,7 @@ def test_pictures_that_are_in_memory_are_not_kept():
         open_cache(Samples("val", None), spec(), ALONE)
 
 
+@pytest.mark.slow
 def test_later_evaluations_decode_nothing_and_give_the_same(run, tmp_path, image_folder):
     words = [
         f"data.root={image_folder}",

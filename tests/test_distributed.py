@@ -272,6 +272,7 @@ def left_over(session):
     return alive
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_one_folder_one_log_and_one_result(run, tmp_path, tiny_data):
     words = [*TINY, f"data.root={tiny_data}", "ema_decay=0.9", "logger=wandb"]
     single = run("train.py", *words, "hydra.run.dir=one")
@@ -318,6 +319,7 @@ def test_two_ranks_leave_one_folder_one_log_and_one_result(run, tmp_path, tiny_d
     assert losses[22] < losses[2] - 0.05
 
 
+@pytest.mark.slow
 def test_two_ranks_stopped_in_mid_epoch_resume_bit_exactly(run, tmp_path, tiny_data):
     words = [*TINY, *HARD, f"data.root={tiny_data}", "device=cpu_2p", "data.batch_size=8"]
     assert run("train.py", *words, "hydra.run.dir=whole").returncode == 0
@@ -358,6 +360,7 @@ def test_killing_one_process_ends_all_of_them(tmp_path, tiny_data, victim):
         assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_broken_pictures_are_skipped_told_and_counted_by_all_ranks_together(run, tmp_path, image_folder):
     root = tmp_path / "data"
     shutil.copytree(image_folder, root)
@@ -386,6 +389,7 @@ def test_broken_pictures_are_skipped_told_and_counted_by_all_ranks_together(run,
     assert counts["top1"] == result["top1"]
 
 
+@pytest.mark.slow
 def test_a_broken_picture_on_one_rank_ends_the_run_with_its_path_and_saves_what_was_trained(
     run, tmp_path, image_folder
 ):
@@ -486,6 +490,7 @@ def test_ranks_that_are_not_those_of_the_command_are_refused_at_the_door(run, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_faults_of_many_ranks_are_told_once_and_leave_nothing(run, tmp_path, tiny_data):
     for words, told in (
         (["data.root=/nowhere"], "error: "),

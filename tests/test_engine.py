@@ -380,9 +380,9 @@ def test_leaving_the_loop_early_ends_the_loaders_work(feeder, monkeypatch):
     ended = []
     batches = train_loader.batches
 
-    def watched(epoch, start):
+    def watched(epoch, start, *order):
         try:
-            yield from batches(epoch, start)
+            yield from batches(epoch, start, *order)
         finally:
             ended.append(start)
 

@@ -464,6 +464,7 @@ def test_a_page_ends_silently_with_its_reader_and_says_where_it_finds_no_space(t
 # Two at once
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_and_the_lock_of_a_killed_one_is_gone(run, tmp_path, words):
     words, here = [*words, "epochs=300", "hydra.run.dir=here", "resume=auto"], tmp_path / "here"
     first = start(*words, cwd=tmp_path)

@@ -58,7 +58,9 @@ def assert_the_step_never_waits(report, steps, logs):
     ]
     assert sum(waits.pop(where) for where in once) <= 8
     assert waits["metrics.py read"] == logs
-    reads = {"metrics.py read", "metrics.py state_dict", "amp.py state_dict", "nonfinite.py read"} & set(waits)
+    reads = {"metrics.py read", "metrics.py state_dict", "amp.py state_dict", "amp.py now", "nonfinite.py read"} & set(
+        waits
+    )
     in_steps = {where for where in waits if where.split()[0] in STEP or where.split()[1:] in (["_update"], ["train"])}
     assert in_steps == reads, waits
     batches = copies["device.py <listcomp>", True] + copies["device.py copy_to", True]
@@ -66,7 +68,10 @@ def assert_the_step_never_waits(report, steps, logs):
     assert not copies["device.py <listcomp>", False] + copies["device.py copy_to", False]
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("amp", [pytest.param("none", marks=SLOW), pytest.param("bf16", marks=SLOW), "fp16"])
 def test_a_card_trains_the_bits_of_the_cpu_and_the_step_never_waits(run, tmp_path, tiny_data, amp):
     words = [*SHORT, *HARD, f"data.root={tiny_data}", f"amp={amp}", "log_every=5"]
     cpu = run("train.py", *words, "device=cpu", "hydra.run.dir=cpu", PYTHONPATH=CPU)
@@ -132,6 +137,7 @@ def test_two_cards_train_the_bits_of_two_ranks_on_the_cpu(run, tmp_path, tiny_da
     assert_same_state(tmp_path / "npu" / "last.pt", tmp_path / "cpu" / "last.pt")
 
 
+@pytest.mark.slow
 def test_synchronised_batchnorm_on_two_cards_is_that_of_the_whole_batch(run, tmp_path, tiny_data):
     words = [*SHORT, f"data.root={tiny_data}", "amp=none", "model.dropout=0", "log_every=1"]
     assert run("train.py", *words, "device=npu_1p", "hydra.run.dir=one", PYTHONPATH=NPU).returncode == 0
@@ -152,6 +158,7 @@ def test_a_sweep_over_precisions_runs_on_two_cards_each(run, tmp_path, tiny_data
     assert [(job["amp"], job["world_size"], job["device"]) for job in found] == [("o2", 2, "npu"), ("fp16", 2, "npu")]
 
 
+@pytest.mark.slow
 def test_jobs_at_once_have_cards_of_their_own(run, tmp_path, tiny_data):
     words = ["-m", *SHORT, "device=npu_1p", "data.batch_size=16", f"data.root={tiny_data}", "seed=1,2", "sweep=two"]
     words += ["hydra/launcher=joblib"]
@@ -188,6 +195,7 @@ def test_an_overflow_on_a_card_that_saturates_skips_a_fused_step_and_prints_noth
     assert done.stdout.splitlines() == ["[1.0, 1.0, 1.0] 32768.0", "[0.0, 0.0, 0.0] 32768.0"], done.stderr
 
 
+@pytest.mark.slow
 def test_cards_that_saturate_get_their_own_gradscaler_and_no_bf16(run, tmp_path, tiny_data):
     words = [*SHORT, *TWO, f"data.root={tiny_data}"]
     settings = {"PYTHONPATH": NPU, "EMULATED_NPU_GENERATION": "1"}
@@ -212,6 +220,7 @@ def package(folder, requires):
     (folder / "torch_npu" / "__init__.py").write_text("raise RuntimeError('not to be imported')\n")
 
 
+@pytest.mark.slow
 def test_four_ways_of_having_no_npu_are_told_apart_each_with_its_way_out(run, tmp_path, tiny_data):
     package(tmp_path / "other", "torch==2.0.0")
     cases = {
@@ -241,6 +250,7 @@ def test_four_ways_of_having_no_npu_are_told_apart_each_with_its_way_out(run, tm
     assert re.search(r"device  cpu: .* \(auto: torch_npu can't find CANN .*; no CUDA card is visible\)", done.stdout)
 
 
+@pytest.mark.slow
 def test_auto_takes_an_npu_where_there_is_one_and_cards_that_are_missing_are_named(run, tmp_path, tiny_data):
     words = [*SHORT, f"data.root={tiny_data}"]
     done = run("train.py", *words, "device=auto", "hydra.run.dir=auto", PYTHONPATH=NPU)

@@ -127,6 +127,7 @@ def test_training_images_are_packed_shuffled_and_read_in_the_folders_order(noise
     assert max(path.stat().st_size for path in whole.rglob("*.tar")) <= 1 << 20
 
 
+@pytest.mark.slow
 def test_training_on_shards_gives_the_bits_of_training_on_the_folder(noise, run, tmp_path):
     pack_here(noise, tmp_path / "shards")
     rows = {}
@@ -273,6 +274,7 @@ def forked(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_command_killed_at_any_flush_and_repeated_gives_the_same_bytes(noise, whole, tmp_path):
     real = os.fsync
     for last in range(1, 100):

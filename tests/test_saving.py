@@ -155,6 +155,7 @@ def test_a_run_killed_while_it_saves_ends_in_the_same_bits(run, tmp_path, tiny_d
     assert "saved last.pt, step 20: " in (cut / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_is_passed_over_and_the_run_ends_in_the_same_bits(run, tmp_path, tiny_data):
     words = [*TINY, f"data.root={tiny_data}", "save_every=3", "hydra.run.dir=here"]
     assert run("train.py", *words).returncode == 0
@@ -188,6 +189,7 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_the_run_ends_in_the_same_b
     assert (here / "last.pt").read_bytes() == flipped
 
 
+@pytest.mark.slow
 def test_another_seed_is_refused_unless_forced_and_another_model_always(run, tmp_path, tiny_data):
     words = [*TINY, f"data.root={tiny_data}", "hydra.run.dir=here"]
     assert run("train.py", *words, "epochs=1").returncode == 0

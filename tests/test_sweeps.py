@@ -199,6 +199,7 @@ def test_a_killed_sweep_of_two_jobs_at_once_leaves_no_process_and_goes_on(run, t
     assert all(line.startswith("[optim.lr=") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_of_two_jobs_at_once_saves_both(tmp_path, tiny_data):
     words = ["-m", *TINY, f"data.root={tiny_data}", LRS, *JOBLIB, "sweep=cut", "epochs=40", "log_every=1"]
     sweep = tmp_path / "multirun" / "cut"

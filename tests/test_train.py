@@ -128,6 +128,7 @@ def test_evaluate_prints_exactly_the_accuracy_of_the_run(run: Run, tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"here"}, "an evaluation leaves files behind"
 
 
+@pytest.mark.slow
 def test_evaluate_takes_data_and_precision_from_the_command(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     assert run("train.py", *TINY, f"data.root={tiny_data}", "hydra.run.dir=here", "epochs=1").returncode == 0
     done = run("evaluate.py", "ckpt=here", "data=samples", "data.image_size=32", "amp=bf16")
@@ -148,6 +149,7 @@ def test_evaluate_takes_data_and_precision_from_the_command(run: Run, tmp_path: 
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_goes_by_the_names_of_the_classes(run: Run, tmp_path: Path, image_folder: Path) -> None:
     """A folder with some of the classes gives the same hits as these classes have among all."""
     words = [*TINY, f"data.root={image_folder}", "data=imagefolder", "data.image_size=32", "data.batch_size=16"]
@@ -219,6 +221,7 @@ def test_sigterm_before_the_first_step_says_so(tmp_path: Path) -> None:
     assert b"Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_save_in_its_own_folder(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "log_every=1", "save_every=3"]
     assert run("train.py", *words, "hydra.run.dir=whole").returncode == 0
@@ -230,6 +233,7 @@ def test_a_killed_run_goes_on_from_its_last_save_in_its_own_folder(run: Run, tmp
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_resuming_another_run_is_refused_with_the_difference(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "epochs=1"]
     assert run("train.py", *words, "hydra.run.dir=here").returncode == 0
@@ -256,6 +260,7 @@ def test_resuming_another_run_is_refused_with_the_difference(run: Run, tmp_path:
     assert (tmp_path / "here" / "last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "hydra.run.dir=here"]
     assert run("train.py", *words, "epochs=1").returncode == 0
@@ -318,6 +323,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(run: Run, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_by_the_command_it_prints(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "optim.lr=2,4", "log_every=1"]
     assert run("train.py", "-m", *words, "hydra.sweep.dir=whole").returncode == 0
@@ -487,6 +493,7 @@ def test_evaluate_reads_published_weights_as_they_are(run: Run, tmp_path: Path, 
     assert printed["images"] == 24
 
 
+@pytest.mark.slow
 def test_the_loop_is_the_same_for_any_number_of_threads(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, *HARD, f"data.root={tiny_data}", "epochs=1"]
     for threads in (1, 4):
@@ -532,6 +539,7 @@ def test_a_terminal_shows_bars_with_an_eta(tmp_path: Path, tiny_data: Path) -> N
 # Compiling
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_is_told_before_training(run, tiny_data):
     words = ["data=samples", f"data.root={tiny_data}", "device=cpu", "compile=true", "hydra.run.dir=run"]
     done = run("train.py", *words, CXX="/nowhere/g++", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")

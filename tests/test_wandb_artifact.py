@@ -56,6 +56,7 @@ def stand_in(tmp_path: Path, run: Run) -> Program:
     return lambda program, *words, **env: run(program, *words, **(own | env))
 
 
+@pytest.mark.slow
 def test_an_artifact_is_downloaded_once_and_evaluates_and_trains_as_its_file_does(
     run: Run, stand_in: Program, tmp_path: Path, tiny_data: Path
 ) -> None:
