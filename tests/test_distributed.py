@@ -341,7 +341,7 @@ def test_two_ranks_stopped_in_mid_epoch_resume_bit_exactly(run, tmp_path, tiny_d
     assert_same_state(tmp_path / "cut" / "best.pt", tmp_path / "whole" / "best.pt")
 
 
-@pytest.mark.parametrize("victim", ["rank", "launcher"])
+@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_killing_one_process_ends_all_of_them(tmp_path, tiny_data, victim):
     process = start(*TINY, "epochs=200", f"data.root={tiny_data}", *TWO, "hydra.run.dir=here", cwd=tmp_path)
     wait_for_step(process, tmp_path / "here", 12)

@@ -185,7 +185,7 @@ def test_evaluate_says_what_is_wrong(run: Run, tmp_path: Path, words: list[str],
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("amp", ["none", "o2"])
+@pytest.mark.parametrize("amp", ["none", pytest.param("o2", marks=pytest.mark.slow)])
 def test_a_run_stopped_in_mid_epoch_resumes_bit_exactly(run: Run, tmp_path: Path, tiny_data: Path, amp: str) -> None:
     words = [*TINY, *HARD, f"data.root={tiny_data}", "log_every=1", f"amp={amp}"]
     assert run("train.py", *words, "hydra.run.dir=whole").returncode == 0
