@@ -179,7 +179,7 @@ def fill(disk):
 @pytest.mark.parametrize("log_every", [1000, 1])
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_with_space_again_it_ends_in_the_same_bits(
-    run, tmp_path, words, small_disk, log_every, undisturbed
+    run, tmp_path, words, small_disk, log_every
 ):
     """By the checkpoint, or by metrics.jsonl."""
     words = [*words, f"log_every={log_every}"]
@@ -199,7 +199,7 @@ def test_a_full_disk_ends_the_run_and_with_space_again_it_ends_in_the_same_bits(
     assert full.stderr.startswith("error: ")
     assert full.stderr.count("\n") == 1
     (small_disk / "others").unlink()
-    assert_ends_in_the_same_bits(run, words, folder, undisturbed)
+    assert_ends_in_the_same_bits(run, words, folder, whole(words, tmp_path))
 
 
 @pytest.mark.slow

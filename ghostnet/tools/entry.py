@@ -1,5 +1,6 @@
 """How a tool starts and ends: its help, its exit code, one message for what a user can mend."""
 
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def start(main: Callable[[list[str]], int], say: Say = on_stderr) -> NoReturn:
 
     signal.signal(signal.SIGTERM, terminated)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a file's name may be any bytes
+        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     output.end_with_reader()
     sys.exit(main(sys.argv[1:]))
