@@ -440,7 +440,7 @@ def test_a_training_outlives_whoever_reads_it(tmp_path, tiny_data, shell):
 PAGES = ["train.py --help", "evaluate.py --help", "train.py --cfg job", "-m ghostnet.tools.plan --help"]
 PAGES += [f"-m ghostnet.tools.{name} --help" for name in ("diff", "doctor", "translate", "pack", "benchmark")]
 PAGES += ["-m ghostnet.tools.leaderboard --help", "-m ghostnet.tools.wandb_sync --help"]
-PAGES += ["-m ghostnet.tools.translate 'python main.py'", "-m ghostnet.tools.diff here here"]
+PAGES += ["-m ghostnet.tools.translate 'bash ./test/train_full_8p.sh --data_path=/x'"]
 
 
 @pytest.mark.parametrize("page", [*PAGES[:1], *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES[1:])])
