@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ TINY = ["data=fashion_mnist", "model.width=0.1", "epochs=2", "data.batch_size=32
 TINY += ["data.workers=1", "log_every=2", "optim.lr=4", "schedule.warmup_epochs=0.5", "device=cpu"]
 """Overrides of a run of seconds: 2 epochs of 10 steps."""
 
+# Commands inherit what is ignored: by nohup, or of a shell that runs the tests in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the tests are small: a second thread only waits
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
