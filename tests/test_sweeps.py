@@ -247,7 +247,8 @@ def test_fifty_jobs_two_at_a_time_leave_no_memory_no_files_and_no_processes(tmp_
     assert len(busy) == 2, "each worker did more than one job"
     for looks in busy:
         early = [(rss, fds) for done, rss, fds in looks if 8 <= done < 20]
-        late = [(rss, fds) for done, rss, fds in looks if done >= 38]
+        # Not at the very end, where Python takes torch down: that touches code which was never needed.
+        late = [(rss, fds) for done, rss, fds in looks if 36 <= done < 48]
         assert max(rss for rss, _ in late) < 1.1 * max(rss for rss, _ in early)
         assert max(fds for _, fds in late) <= max(fds for _, fds in early)
 
