@@ -6,6 +6,7 @@ import json
 import random
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -249,7 +250,8 @@ def test_fifty_jobs_two_at_a_time_leave_no_memory_no_files_and_no_processes(tmp_
         early = [(rss, fds) for done, rss, fds in looks if 8 <= done < 20]
         # Not at the very end, where Python takes torch down: that touches code which was never needed.
         late = [(rss, fds) for done, rss, fds in looks if 36 <= done < 48]
-        assert max(rss for rss, _ in late) < 1.1 * max(rss for rss, _ in early)
+        # Medians: a look may fall into the moment in which a worker ends.
+        assert statistics.median(rss for rss, _ in late) < 1.1 * statistics.median(rss for rss, _ in early)
         assert max(fds for _, fds in late) <= max(fds for _, fds in early)
 
 
