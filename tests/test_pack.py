@@ -27,6 +27,7 @@ from ghostnet.errors import ConfigError, UserError
 from ghostnet.tools.pack import plan
 from ghostnet.tools.pack.__main__ import pack
 from ghostnet.tools.pack.pictures import packed
+from ghostnet.tools.pack.writer import Shard
 from tests.conftest import REPOSITORY, environment
 
 SPLITS = ("train", "val")
@@ -324,6 +325,23 @@ def test_a_signal_ends_the_command_and_its_repetition_gives_the_same_bytes(signu
         assert not list(out.rglob("*.tmp"))
     pack_here(noise, out, *words)
     assert contents(out) == contents(whole)
+
+
+def test_a_signal_between_a_file_and_its_owner_leaves_nothing_unfinished(noise, tmp_path, monkeypatch):
+    opened, real = [], Shard.__init__
+
+    def stopped_behind_the_second(self, folder, number):
+        real(self, folder, number)
+        opened.append(self.temporary)
+        if len(opened) == 2:
+            self.file.close()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shard, "__init__", stopped_behind_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        pack_here(noise, tmp_path / "out", "size=150")
+    assert len(opened) == 2
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_shard_that_is_damaged_meanwhile_is_written_again(noise, whole, tmp_path):

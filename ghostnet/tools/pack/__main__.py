@@ -120,7 +120,10 @@ def report(out: Path, done: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep others from packing into the same folder meanwhile; ConfigError where one does already."""
+    """Keep others from packing into the same folder meanwhile; ConfigError where one does already.
+
+    What is unfinished at the end is removed here, where a signal cannot come between a file and its owner.
+    """
     folder = os.open(out, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # not every network file system locks folders
@@ -128,7 +131,11 @@ def locked(out: Path) -> Iterator[None]:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"another command is packing into {out} just now.") from None
-        yield
+        try:
+            yield
+        finally:
+            for unfinished in out.rglob(".*.tmp"):
+                unfinished.unlink(missing_ok=True)
     finally:
         os.close(folder)
 
