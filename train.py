@@ -30,15 +30,15 @@ import hydra
 from omegaconf import DictConfig
 
 from ghostnet.config import build, build_model, changes, check_same_run, same_batch
-from ghostnet.errors import ConfigError, PeerFailed, SampleError
+from ghostnet.errors import ConfigError
 from ghostnet.experiments import folders, jobs, launch, record
 
 if TYPE_CHECKING:
-    from ghostnet.data.loader import EvalLoader
+    from ghostnet.data.datasets import Dataset
     from ghostnet.distributed import Ranks
     from ghostnet.engine import TrainState
     from ghostnet.loggers import ConsoleLogger, Row
-    from ghostnet.signals import StopSignal
+    from ghostnet.loop import Cadence
 
 
 def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
@@ -49,21 +49,21 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     started = time.monotonic()
     import torch
 
-    from ghostnet import checkpoint, engine, rescue, saving
+    from ghostnet import engine, saving
     from ghostnet.data.cache import open_cache
-    from ghostnet.data.datasets import check_same_classes, check_same_data
+    from ghostnet.data.datasets import check_same_classes
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
     from ghostnet.device import check_sync_bn, cpu_count, describe, memory_format, peak_memory
     from ghostnet.distributed import settle, synchronized
     from ghostnet.ema import Ema
     from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo
+    from ghostnet.loop import Cadence, Loop
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
-    from ghostnet.signals import Interrupted, StopSignal
+    from ghostnet.signals import StopSignal
     from ghostnet.wandb.artifact import located
-    from ghostnet.wandb.logger import ID_FILE
 
     cfg, folder, console = job.cfg, job.folder, ConsoleLogger(not ranks.is_main, job.prefix)
     data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
@@ -137,37 +137,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
 
     # Resume
     state = engine.TrainState(model, optimizer, amp, ema, device, ranks, cfg["dist_bn"], cfg["on_nan"])
-    earlier = 0.0
-    found, notes = ranks.from_main(lambda: saving.find(cfg["resume"], folder))
-    for note in notes:
-        console.say(f"note    {note}")
-    in_place = found is not None and found.path == folder / checkpoint.LAST
-    if found is not None:
-        path, saved = found.path, found.state
-        checkpoint.check(saved, path)
-        check_same_run(saved["config"], cfg)
-        if saved["global_batch_size"] != global_batch_size and not cfg["force"]:
-            raise ConfigError(
-                f"resume: the global batch was {saved['global_batch_size']}, is {global_batch_size}: "
-                f"{ranks.world_size} ranks × data.batch_size × accumulate. "
-                f"{same_batch(saved['global_batch_size'], ranks.world_size, accumulate)}"
-            )
-        for change in changes(saved["config"], cfg):
-            console.say(f"note    {change}")
-        if difference := check_same_data(saved["classes"], saved["images"], train_set, cfg["force"]):
-            console.say(f"note    {difference}")
-        if saved["step"] > total_steps:
-            raise ConfigError(
-                f"resume: {path} is at step {saved['step']:,}, past the {total_steps:,} of {epochs} epochs."
-            )
-        with checkpoint.fitting(path):
-            state.load_state_dict(saved)
-        earlier = saved["seconds"]
-        del found, saved  # a second copy of all weights and moments
-        for name in (checkpoint.BEST, checkpoint.REWIND, ID_FILE) if ranks.is_main else ():
-            if (path.parent / name).exists() and not (folder / name).exists():
-                shutil.copy2(path.parent / name, folder / name)
-        console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
+    cadence = Cadence(steps_per_epoch, total_steps, cfg["log_every"], cfg["eval_every"], cfg["save_every"])
+    earlier, in_place = _resume(cfg, folder, state, cadence, global_batch_size, train_set, console)
 
     # Compile
     compile_seconds = None
@@ -180,80 +151,24 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     loggers = [console, JsonLines(), *([build(cfg["logger"]["wandb"])] if cfg["logger"]["wandb"] else [])]
     loggers = loggers if ranks.is_main else []
 
-    def log(row: "Row") -> None:
-        for logger in loggers:
-            logger.log(row)
-
-    def tell_skipped() -> None:
-        if skip:
-            for faults in ranks.gather(train_loader.skipped.news() + eval_loader.skipped.news()):
-                for fault in faults:
-                    console.say(f"skipped {fault}")
-
     def facts() -> dict[str, Any]:
         seconds = earlier + time.monotonic() - started
         about = {"config": job.raw, "classes": train_set.classes, "images": len(train_set), "num_classes": num_classes}
         return about | {"seconds": seconds, "global_batch_size": global_batch_size}
 
-    def taken_back() -> None:
-        for logger in loggers:
-            logger.back(state.step, state.evaluated)
-
     saver = saving.Saver(folder, cfg["keep"], facts, (state.step, state.evaluated) if in_place else None)
-
-    watcher = rescue.Rescue(state, recipe, saver, steps_per_epoch, console.say)
+    is_hopeless = functools.partial(_is_hopeless, folder)
+    loop = Loop(state, recipe, train_loader, eval_loader, cadence, saver, console, loggers, is_hopeless)
 
     # The loop
-    result, pruned = None, False
+    result = None
     if ranks.is_main:
         (folder / "result.json").unlink(missing_ok=True)  # of a shorter run that goes on here
     try:
         for logger in loggers:
             logger.start(RunInfo(folder, cfg, state.step, state.evaluated, total_steps, epochs, job.prefix))
         with saver, StopSignal(ranks) as stop:
-            try:
-                watcher.start()
-                while True:
-                    epoch, within = divmod(state.step, steps_per_epoch)
-                    due = epoch % cfg["eval_every"] == 0 or state.step == total_steps
-                    if within == 0 and due and state.evaluated < state.step:
-                        with rescue.memory_told(data["eval_batch_size"], alone=ranks.world_size == 1):
-                            log(_evaluate(state, eval_loader, console, epoch, stop))
-                        tell_skipped()
-                        if cache and cache.fault:
-                            console.say(f"note    {cache}")
-                        pruned = ranks.from_main(functools.partial(_is_hopeless, folder, state.last))
-                    if within == 0 and state.step:
-                        is_best = state.best is state.last and state.evaluated == state.step
-                        saver.save(state, *([checkpoint.BEST] if is_best else []), *watcher.names)
-                    if state.step >= total_steps or pruned:
-                        break
-                    with rescue.memory_told(data["batch_size"], accumulate):
-                        for step in engine.train(state, train_loader, recipe, stop):
-                            console.advance(step)
-                            saver.check()
-                            due = step % cfg["log_every"] == 0 or step % steps_per_epoch == 0
-                            saves = (
-                                bool(cfg["save_every"])
-                                and step % cfg["save_every"] == 0
-                                and step % steps_per_epoch != 0
-                            )
-                            if (due or saves) and watcher.check():
-                                taken_back()
-                                break
-                            if due:
-                                log(_train_row(state, steps_per_epoch))
-                                tell_skipped()
-                            if saves:
-                                saver.save(state, *watcher.names)
-                                state.speed.resume()
-            except (Interrupted, SampleError, PeerFailed):
-                if watcher.check():
-                    taken_back()
-                saver.save(state, checkpoint.LAST)
-                saver.flush(state)
-                raise
-            saver.flush(state)
+            pruned = loop.run(stop)
 
         # Result
         source, speed = "ema" if ema else "eval", state.speed.total
@@ -306,6 +221,54 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
                 stack.callback(logger.finish, result)
 
 
+def _resume(
+    cfg: dict[str, Any],
+    folder: Path,
+    state: "TrainState",
+    cadence: "Cadence",
+    global_batch_size: int,
+    train_set: "Dataset",
+    console: "ConsoleLogger",
+) -> tuple[float, bool]:
+    """Go on from a checkpoint, where there is one -> seconds trained before, whether it is the folder's last.pt.
+
+    ConfigError, UserError where it is of another run. All ranks call it.
+    """
+    from ghostnet import checkpoint, saving
+    from ghostnet.data.datasets import check_same_data
+    from ghostnet.wandb.logger import ID_FILE
+
+    found, notes = state.ranks.from_main(lambda: saving.find(cfg["resume"], folder))
+    for note in notes:
+        console.say(f"note    {note}")
+    if found is None:
+        return 0.0, False
+    path, saved = found.path, found.state
+    checkpoint.check(saved, path)
+    check_same_run(saved["config"], cfg)
+    then, ranks = saved["global_batch_size"], state.ranks
+    if then != global_batch_size and not cfg["force"]:
+        raise ConfigError(
+            f"resume: the global batch was {then}, is {global_batch_size}: {ranks.world_size} ranks × data.batch_size "
+            f"× accumulate. {same_batch(then, ranks.world_size, cfg['accumulate'])}"
+        )
+    for change in changes(saved["config"], cfg):
+        console.say(f"note    {change}")
+    if difference := check_same_data(saved["classes"], saved["images"], train_set, cfg["force"]):
+        console.say(f"note    {difference}")
+    total_steps = cadence.total_steps
+    if saved["step"] > total_steps:
+        epochs = total_steps // cadence.steps_per_epoch
+        raise ConfigError(f"resume: {path} is at step {saved['step']:,}, past the {total_steps:,} of {epochs} epochs.")
+    with checkpoint.fitting(path):
+        state.load_state_dict(saved)
+    for name in (checkpoint.BEST, checkpoint.REWIND, ID_FILE) if ranks.is_main else ():
+        if (path.parent / name).exists() and not (folder / name).exists():
+            shutil.copy2(path.parent / name, folder / name)
+    console.say(f"resume  {path}, step {state.step:,} of {total_steps:,}")
+    return saved["seconds"], path == folder / checkpoint.LAST
+
+
 def _is_hopeless(folder: Path, row: "Row") -> bool:
     """Whether a trial of a search need not go on; no other run is told so."""
     if not (folder / "trial.json").exists():
@@ -313,55 +276,6 @@ def _is_hopeless(folder: Path, row: "Row") -> bool:
     from ghostnet.experiments.search import hopeless
 
     return hopeless(folder, row["epoch"], row["ema/top1" if "ema/top1" in row else "eval/top1"])
-
-
-def _train_row(state: "TrainState", steps_per_epoch: int) -> "Row":
-    """The metrics since the last row; waits for the device."""
-    state.train_loss = state.meter.read(state.ranks)
-    speed = state.speed.read(state.ranks)
-    row = {
-        "step": state.step,
-        "epoch": (state.step - 1) // steps_per_epoch + 1,
-        "time": time.time(),
-        "train/loss": state.train_loss,
-        "train/lr": state.optimizer.param_groups[0]["lr"],
-        "train/fps": speed.fps,
-        "train/compute": speed.compute,
-        "train/data_wait": speed.data_wait,
-    }
-    row |= {"train/reduction": speed.reduction} if state.ranks.world_size > 1 else {}
-    row |= {"train/skipped": state.watch.read(state.ranks).skipped} if state.on_nan == "skip" else {}
-    return row | ({"train/rewinds": len(state.rewinds)} if state.on_nan == "rewind" else {})
-
-
-def _evaluate(
-    state: "TrainState", loader: "EvalLoader", console: "ConsoleLogger", epoch: int, stop: "StopSignal"
-) -> "Row":
-    """Evaluate the weights and their average; the row becomes the state's last, and its best where it is."""
-    from ghostnet import engine
-
-    done, total = 0, sum(map(len, loader.indices)) * (2 if state.ema else 1)
-
-    def on_batch(images: int) -> None:
-        nonlocal done
-        done += images
-        console.evaluating(done, total)
-
-    with state.agreed():
-        model = state.amp.for_evaluation(state.model, state.device)
-        result = engine.evaluate(model, state.amp, loader, stop, on_batch)
-        row: dict[str, Any] = {"step": state.step, "epoch": epoch, "time": time.time(), "eval/loss": result.loss}
-        row |= {"eval/top1": result.top1, "eval/top5": result.top5, "eval/fps": result.fps}
-        if state.ema:
-            average = state.amp.for_evaluation(state.ema.module, state.device)
-            result = engine.evaluate(average, state.amp, loader, stop, on_batch)
-            row |= {"ema/loss": result.loss, "ema/top1": result.top1, "ema/top5": result.top5}
-    monitored = "ema/top1" if state.ema else "eval/top1"
-    row["best"] = not state.best or row[monitored] > state.best[monitored]
-    state.last, state.evaluated = row, state.step
-    if row["best"]:
-        state.best = row
-    return row
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

@@ -180,7 +180,7 @@ BUILT = (
 )
 # What must stay the same within a run too, with the global batch; the rest may change: epochs, learning rate, threads,
 # devices, where the data lie.
-FIXED = ("seed", "accumulate", "ema_decay", "schedule.cooldown_epochs", "data.dataset._target_", "data.image_size")
+FIXED = ("seed", "ema_decay", "schedule.cooldown_epochs", "data.dataset._target_", "data.image_size")
 
 
 def check_same_run(saved: Config, config: Config) -> None:
@@ -195,10 +195,11 @@ def check_same_run(saved: Config, config: Config) -> None:
     if force and bool(averages[0]) != bool(averages[1]):
         unfit.append("ema_decay was {}, is {}".format(*averages))
     differ = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in FIXED if then.get(key) != now.get(key)]
-    batches = [values["data.batch_size"] * values["device.count"] for values in (then, now)]
+    batches = [each["data.batch_size"] * each["device.count"] * each["accumulate"] for each in (then, now)]
     if batches[0] != batches[1]:
-        way_out = same_batch(batches[0], now["device.count"], 1)
-        differ.append(f"data.batch_size × device.count was {batches[0]}, is {batches[1]} ({way_out.rstrip('.')})")
+        way_out = same_batch(batches[0], now["device.count"], now["accumulate"]).rstrip(".")
+        factors = "data.batch_size × device.count × accumulate"
+        differ.append(f"{factors} was {batches[0]}, is {batches[1]} ({way_out})")
     if unfit:
         differ = unfit if force else unfit + differ
         even = "The checkpoint's content is made for these, so force=true does not help. " if force else ""

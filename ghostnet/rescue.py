@@ -140,7 +140,7 @@ def _training(batch_size: int, accumulate: int) -> str:
     else:
         way_out = (
             f"Try data.batch_size={smaller} accumulate={accumulate * batch_size // smaller}, which keep the global "
-            "batch and the learning rate; to go on from a last.pt, add resume=auto force=true."
+            "batch and the learning rate; resume=auto goes on from last.pt."
         )
     also = f" accumulate={accumulate}" if accumulate > 1 else ""
     return f"in training with data.batch_size={batch_size}{also}. {way_out}"

@@ -83,7 +83,7 @@ def test_what_a_run_without_memory_is_told_to_try_goes_on_with_it(run, tmp_path,
     assert "out of memory in training" in told
     assert (tmp_path / "here" / "last.pt").read_bytes() == before
     words = told.partition(" Try ")[2].split(",")[0].split()
-    again = run("train.py", *big, *words, "epochs=2", "resume=auto", "force=true")
+    again = run("train.py", *big, *words, "epochs=2", "resume=auto")
     assert again.returncode == 0, again.stderr
     assert result(tmp_path / "here")["global_batch_size"] == 64
 

@@ -309,7 +309,7 @@ def test_two_ranks_leave_one_folder_one_log_and_one_result(run, tmp_path, tiny_d
     words = [*TINY, f"data.root={tiny_data}", "ema_decay=0.9", "hydra.run.dir=two", "resume=auto", "epochs=3"]
     refused = run("train.py", *words, "data.batch_size=16", cwd=tmp_path)
     assert refused.returncode == 1
-    assert "data.batch_size × device.count was 32, is 16" in refused.stderr
+    assert "data.batch_size × device.count × accumulate was 32, is 16" in refused.stderr
     longer = run("train.py", *words, cwd=tmp_path)  # the same global batch on one
     assert longer.returncode == 0, longer.stderr
     assert "device.count was 2, is 1" in longer.stdout

@@ -18,6 +18,7 @@ FLOORS = [
     {"engine", "wandb.logger"},
     {"config", "experiments.record", "saving"},
     {"rescue"},
+    {"loop"},
     {"door.words", "experiments.workers", "experiments.grid"},
     {"door.composing", "door.manual", "experiments.search"},
     {"experiments.sweeps"},

@@ -156,6 +156,15 @@ def test_starting_in_the_middle_of_an_epoch_goes_on_with_the_same_batches(start,
     assert_same(copies(loader.batches(1, start)), copies(loader.batches(1))[start:])
 
 
+@pytest.mark.parametrize("rewinds", [(), (2,), (3, 1)])
+def test_a_step_has_the_same_samples_in_one_batch_or_in_several(rewinds, feeders):
+    """rewinds: of steps."""
+    whole, parts = (TrainLoader(Numbered(103), SPEC, OFF, size, 3, feeders()) for size in (16, 4))
+    of_one = whole.indices(1, rewinds)
+    of_four = parts.indices(1, [4 * step for step in rewinds])[: 4 * len(of_one)]
+    assert (of_four.reshape(-1, 16) == of_one).all()
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_global_batch_is_the_same_for_any_number_of_ranks(world_size, feeders):
     dataset = Numbered(150, side=20)

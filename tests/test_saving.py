@@ -196,8 +196,12 @@ def test_another_seed_is_refused_unless_forced_and_another_model_always(run, tmp
     words = [*words, "resume=auto"]
     refused = run("train.py", *words, "seed=7", "data.batch_size=16")
     assert refused.returncode == 1
-    for part in ("seed was 42, is 7", "data.batch_size × device.count was 32, is 16", "force=true"):
+    for part in ("seed was 42, is 7", "data.batch_size × device.count × accumulate was 32, is 16", "force=true"):
         assert part in refused.stderr
+    apart = [*words[:-2], "hydra.run.dir=parts", "resume=here"]
+    parts = run("train.py", *apart, "data.batch_size=8", "accumulate=4", "epochs=2")
+    assert parts.returncode == 0, parts.stderr
+    assert "note    accumulate was 1, is 4" in parts.stdout
     done = run("train.py", *words, "seed=7", "data.batch_size=16", "force=true")
     assert done.returncode == 0, done.stderr
     assert "note    seed was 42, is 7" in done.stdout

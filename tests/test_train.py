@@ -248,7 +248,7 @@ def test_resuming_another_run_is_refused_with_the_difference(run: Run, tmp_path:
         ([*words, "resume=here/best.pt"], "last.pt"),
         ([*words, "resume=nowhere/last.pt"], "nowhere/last.pt does not exist"),
         ([*words, "resume=here", f"data.root={REPOSITORY / 'samples'}", "epochs=3"], "6,000"),
-        ([*words, "resume=here", "data.batch_size=16"], "data.batch_size × device.count was 32, is 16"),
+        ([*words, "resume=here", "data.batch_size=16"], "data.batch_size × device.count × accumulate was 32, is 16"),
     ):
         refused = run("train.py", *words_)
         assert refused.returncode == 1

@@ -128,8 +128,8 @@ class EvalLoader:
         cache: PictureCache | None = None,
     ) -> None:
         """skip: pictures that can't be read are left out. cache: where they are kept and found."""
-        self.dataset, self.preprocessing, self.feeder, self.skip = dataset, preprocessing, feeder, skip
-        self.cache = cache
+        self.dataset, self.preprocessing, self.batch_size = dataset, preprocessing, batch_size
+        self.feeder, self.skip, self.cache = feeder, skip, cache
         self.skipped = Skipped()
         own = np.arange(ranks.rank, len(dataset), ranks.world_size)
         self.indices = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
