@@ -141,6 +141,9 @@ class Amp:
         _update(optimizer, bad)
         optimizer.zero_grad()
 
+    def put_back(self) -> None:
+        """Be as before the backward passes of a step that is given up; its gradients don't count."""
+
     def scale(self) -> float | None:
         """The dynamic loss scale as it is; waits for the device. None where there is none."""
         return None
@@ -378,6 +381,8 @@ class Apex(Amp):
         self.optimizer: Optimizer | None = None
         self.names: list[str] = []
         """Of the master parameters, in the optimizer's order."""
+        self.before: dict[str, Any] | None = None
+        """Its loss scalers before the first backward pass of the step that is under way: apex counts each pass."""
 
     def initialize(self, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device) -> Optimizer:
         """Hand model and optimizer to apex.amp.initialize."""
@@ -393,6 +398,7 @@ class Apex(Amp):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of loss × scale."""
+        self.before = self.before or copy.deepcopy(self.state_dict())
         with self.apex.scale_loss(loss, self.optimizer) as scaled:
             scaled.backward()
 
@@ -403,9 +409,16 @@ class Apex(Amp):
     def update(self, optimizer: Optimizer, bad: Tensor | None = None) -> None:
         """Update; apex itself says what it skips."""
         assert bad is None, "the door refuses on_nan=skip with apex"
+        self.before = None
         optimizer.step()
         # Without set_to_none, which apex's own zero_grad doesn't take: it knows which gradients must stay.
         optimizer.zero_grad()
+
+    def put_back(self) -> None:
+        """Take back what apex has counted."""
+        if self.before is not None:
+            self.load_state_dict(self.before)
+            self.before = None
 
     def scale(self) -> float | None:
         """The dynamic loss scale as it is; apex keeps it on the host."""

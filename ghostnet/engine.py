@@ -228,9 +228,10 @@ def _update(
         try:
             stop.check(error)
         except Exception:
-            # This step never was: BatchNorm has seen its first batches already.
+            # This step never was: BatchNorm and the loss scale have seen its first batches already.
             if statistics:
                 statistics.put_back()
+            state.amp.put_back()
             raise
         waits.append((before, mark(state.device)))
         forward_pass = state.step * recipe.accumulate + part

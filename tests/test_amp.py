@@ -507,6 +507,20 @@ def test_apex_is_called_in_the_order_of_its_documentation(apex):
     assert apex.calls == ["scale_loss", "unscaled", "master_params", "step", "zero_grad"]
 
 
+def test_apex_counts_no_pass_of_a_step_that_is_given_up(apex):
+    amp, model = Apex(128.0), ghostnet()
+    optimizer = amp.initialize(model, OPTIMIZERS["sgd"], CPU)
+    go_on(amp, model, optimizer, range(1))
+    before = amp.state_dict()
+    for _ in range(2):
+        amp.backward(model(torch.randn(2, 3, 32, 32)).sum())
+    assert amp.state_dict() != before
+    amp.put_back()
+    assert amp.state_dict() == before
+    amp.put_back()
+    assert amp.state_dict() == before
+
+
 def test_apex_combines_gradients_on_npus(apex):
     Apex("dynamic").initialize(ghostnet(), OPTIMIZERS["sgd"], SimpleNamespace(type="npu"))
     assert apex.calls[0] == ("initialize", "O2", "dynamic", {"combine_grad": True})

@@ -482,3 +482,43 @@ def test_a_second_run_in_a_folder_is_refused_and_the_lock_of_a_killed_one_is_gon
     third.send_signal(signal.SIGTERM)
     out, _ = ended(third, 143)
     assert "resume  " in out
+
+
+PASSED_OVER = """
+import os, signal, sys, time, weakref
+from ghostnet.interrupts import insist
+
+class Thing: pass
+
+def fall_into(reference):
+    os.kill(os.getpid(), signal.{name})
+    for _ in range(1000): pass
+
+def terminated(signum, frame):
+    raise SystemExit(128 + signum)
+
+insist()
+signal.signal(signal.SIGTERM, terminated)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+thing = Thing()
+reference = weakref.ref(thing, fall_into)
+del thing
+print("goes on", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_falls_into_a_callback_comes_again(name, code):
+    program = [sys.executable, "-c", PASSED_OVER.replace("{name}", name)]
+    done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "goes on\n", "")
+
+
+def test_what_else_callbacks_raise_is_told_as_ever():
+    program = "from ghostnet.interrupts import insist\ninsist()\nclass Bad:\n    def __del__(self): 1 / 0\nBad()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "ZeroDivisionError" in done.stderr

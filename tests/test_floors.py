@@ -8,7 +8,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 FLOORS = [
-    {"errors", "installed", "door.groups", "door.drivers", "secrets", "watchdog", "output"},
+    {"errors", "installed", "door.groups", "door.drivers", "secrets", "watchdog", "output", "interrupts"},
     {"schema", "disk"},
     {"door.conflicts", "door.origins"},
     {"device", "seeding", "seal"},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ghostnet import output
+from ghostnet import interrupts, output
 from ghostnet.config import flat
 from ghostnet.door import manual
 from ghostnet.door.composing import Look
@@ -36,6 +36,7 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     name: the primary config. trains: whether its jobs leave run folders behind; others run one job, without a folder.
     Of ranks that torchrun or srun started, the main one does so; the others take their jobs from it.
     """
+    interrupts.insist()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Hydra's own parser wants flags before the words, or after all of them.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from ghostnet import output
+from ghostnet import interrupts, output
 from ghostnet.errors import explain
 
 Say = Callable[[str], None]
@@ -43,6 +43,7 @@ def start(main: Callable[[list[str]], int], say: Say = on_stderr) -> NoReturn:
         say(f"{signal.Signals(signum).name}: stopped.")
         raise SystemExit(128 + signum)
 
+    interrupts.insist()
     signal.signal(signal.SIGTERM, terminated)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where it is closed
