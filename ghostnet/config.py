@@ -85,6 +85,7 @@ class PackConfig:
     shard_mb: PositiveInt
     on_error: Literal["raise", "skip"]
     workers: PositiveInt | None
+    stall_timeout: Positive
 
 
 @dataclass

@@ -67,6 +67,21 @@ def test_a_picture_that_never_comes_ends_the_run_with_the_stacks(tmp_path, image
     assert "the loader's threads" in (tmp_path / "here/train.log").read_text()
 
 
+@pytest.mark.parametrize("words", [["pack", "out=shards"], ["doctor"]], ids=str)
+def test_a_picture_that_never_comes_ends_a_tool_too(tmp_path, image_folder, slow_disk, words):
+    (tmp_path / "slow_disk/hang").touch()
+    command = [sys.executable, "-m", f"ghostnet.tools.{words[0]}", *words[1:], f"data.root={image_folder}"]
+    env = environment() | slow_disk
+    env["PYTHONPATH"] = f"{env['PYTHONPATH']}:{REPOSITORY}"
+    done = subprocess.run(
+        [*command, "stall_timeout=4"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Stacks of rank 0, process ")
+    assert "error: the run has not gone on for" in done.stderr
+    assert "in images to be read" in done.stderr
+
+
 def test_a_rank_that_hangs_is_named_and_all_stacks_are_shown(tmp_path, tiny_data):
     process = start(*TINY, "epochs=400", f"data.root={tiny_data}", *TWO, *STALL, "hydra.run.dir=here", cwd=tmp_path)
     wait_for_step(process, tmp_path / "here", 12)

@@ -61,7 +61,7 @@ class Recorder:
             yield message
         if self.closed and not self.told:
             self.told = True
-            yield {"event": "failed", "why": f"its process ended ({self.process.wait()})"}
+            yield {"event": "failed", "why": f"its process ended ({self._code()})"}
 
     def end(self, result: dict[str, Any] | None) -> None:
         """Tell it that there are no more rows."""
@@ -85,13 +85,21 @@ class Recorder:
                 self.kill()
                 yield {"event": "failed", "why": "it did not end in time"}
             time.sleep(0.02)
-        self.process.wait()
+        self._code()
         self.stdout.close()
+
+    def _code(self) -> int | None:
+        """Its exit code, once it has closed its output; where it doesn't come to one it is killed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(self.LATE)
+        self.kill()
+        return self.process.poll()
 
     def kill(self) -> None:
         """End the process at once; the service that it started ends by itself."""
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel ends with that
+            self.process.wait(self.LATE)
         for pipe in (self.stdin, self.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()

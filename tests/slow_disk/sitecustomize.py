@@ -4,17 +4,21 @@ While $SLOW_DISK/hang is there no picture is opened; while $SLOW_DISK/slow is th
 reach the disk.
 """
 
+import io
 import os
 import time
 from pathlib import Path
 
-fault, opened, synced = Path(os.environ.get("SLOW_DISK", "/nowhere")), os.open, os.fsync
+fault, synced = Path(os.environ.get("SLOW_DISK", "/nowhere")), os.fsync
 
 
-def open_slowly(path, flags, *rest, **more):
-    while str(path).endswith((".jpg", ".JPEG", ".png", ".webp")) and (fault / "hang").exists():
-        time.sleep(0.05)
-    return opened(path, flags, *rest, **more)
+def slow(opened):
+    def open_slowly(path, *rest, **more):
+        while str(path).endswith((".jpg", ".JPEG", ".png", ".webp")) and (fault / "hang").exists():
+            time.sleep(0.05)
+        return opened(path, *rest, **more)
+
+    return open_slowly
 
 
 def sync_slowly(file):
@@ -23,4 +27,4 @@ def sync_slowly(file):
     synced(file)
 
 
-os.open, os.fsync = open_slowly, sync_slowly
+os.open, io.open, os.fsync = slow(os.open), slow(io.open), sync_slowly

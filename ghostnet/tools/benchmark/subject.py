@@ -144,7 +144,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     for pid in family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel ends with that
+        process.wait(GRACE)
 
 
 def _last_words(finished: Finished) -> str:

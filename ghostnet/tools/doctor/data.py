@@ -49,6 +49,7 @@ def images(case: Case) -> Findings:
         return
     from rich.progress import track
 
+    from ghostnet import watchdog
     from ghostnet.device import cpu_count
 
     chosen: list[tuple[Any, int]] = []
@@ -59,7 +60,11 @@ def images(case: Case) -> Findings:
     pool, quiet = ThreadPoolExecutor(cpu_count()), case.images is not None or not sys.stdout.isatty()
     try:
         faults = pool.map(lambda part: [fault for sample in part if (fault := unreadable(*sample))], parts)
-        bad = [fault for part in track(faults, "decoding", len(parts), transient=True, disable=quiet) for fault in part]
+        bad: list[str] = []
+        with watchdog.Watch(case.cfg["stall_timeout"], watchdog.tell):
+            for _ in track(parts, "decoding", transient=True, disable=quiet):
+                with watchdog.waiting("images to be read"):
+                    bad += next(faults)
     finally:
         pool.shutdown(cancel_futures=True)
     of = f"{len(chosen):,} of {len(case.train) + len(case.val):,}" if case.images else f"all {len(chosen):,}"

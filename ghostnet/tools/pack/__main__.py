@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ghostnet import output
+from ghostnet import output, watchdog
 from ghostnet.config import Config
 from ghostnet.door import manual
 from ghostnet.door.overrides import check_command
@@ -43,6 +43,11 @@ def stop(signum: int, frame: FrameType | None) -> NoReturn:
 
 def pack(cfg: Config) -> None:
     """Pack both splits, or what is missing of them, and say what came of it."""
+    with watchdog.Watch(cfg["stall_timeout"], watchdog.tell):
+        _pack(cfg)
+
+
+def _pack(cfg: Config) -> None:
     from ghostnet.data.datasets import ImageFolder, check_same_classes
     from ghostnet.data.shards import CLASSES, indexed, write_whole
     from ghostnet.device import cpu_count
@@ -58,6 +63,7 @@ def pack(cfg: Config) -> None:
     with locked(out):
         if state["done"] is None:
             plan.check_space(out, sources, settings, threads)
+            watchdog.is_ready()
             started, parts = time.monotonic(), {}
             with Progress(sum(map(len, sources.values()))) as progress:
                 for split, source in sources.items():

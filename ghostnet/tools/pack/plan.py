@@ -18,6 +18,7 @@ from ghostnet.data.shards import STATE, write_whole
 from ghostnet.errors import ConfigError, SampleError, UserError
 from ghostnet.seeding import fold_in
 from ghostnet.tools.pack.pictures import packed
+from ghostnet.watchdog import waiting
 
 SPLITS = ("train", "val")
 PROBES = 32
@@ -125,7 +126,8 @@ def check_space(out: Path, sources: dict[str, ImageFolder], settings: Settings, 
     with ThreadPoolExecutor(threads) as pool:
         for source in sources.values():
             chosen = [source.files[n * len(source) // PROBES] for n in range(PROBES)]
-            sizes = [size for size in pool.map(probe, (source.folder / name for name in chosen)) if size]
+            with waiting("images to be read"):
+                sizes = [size for size in pool.map(probe, (source.folder / name for name in chosen)) if size]
             # A header, an end that fills its block, and two blocks of label come with each.
             need += len(source) * (sum(sizes) / max(1, len(sizes)) + 1800)
     need -= sum(path.stat().st_size for path in out.glob("*/*.tar"))

@@ -21,6 +21,7 @@ from ghostnet.data.tars import BLOCK, ROW, Rows
 from ghostnet.errors import SampleError, UserError
 from ghostnet.tools.pack import plan
 from ghostnet.tools.pack.pictures import packed
+from ghostnet.watchdog import LONG, waiting
 
 AHEAD = 8
 """Images for each thread that are read before their turn."""
@@ -113,7 +114,8 @@ def encoded(
     try:
         under_way.extend(pool.submit(work, number) for number in itertools.islice(left, AHEAD * threads))
         while under_way:
-            done = under_way.popleft().result()
+            with waiting("images to be read"):
+                done = under_way.popleft().result()
             under_way.extend(pool.submit(work, number) for number in itertools.islice(left, 1))
             yield done
     finally:
@@ -148,8 +150,9 @@ class Shard:
     def finish(self, stop: int) -> Part:
         """Flush it to disk and give it its name, after what is needed to go on behind it."""
         self.size += self.file.write(bytes(2 * BLOCK))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with waiting("a shard to be written", LONG):
+            self.file.flush()
+            os.fsync(self.file.fileno())
         self.close(keep=True)
         numbers, skipped = np.array(self.numbers, np.int64), np.array(self.skipped, np.int64)
         part = Part(np.array(self.rows, ROW), numbers, skipped, stop, self.size, self.before)

@@ -100,7 +100,8 @@ def _process(command: list[str], said: Any) -> "Iterator[subprocess.Popen[bytes]
                 process.wait(GRACE)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what is left of its ranks
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel ends with that
+            process.wait(GRACE)
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
