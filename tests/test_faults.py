@@ -109,6 +109,31 @@ def test_a_rank_that_hangs_under_torchrun_is_named_and_all_stacks_are_shown(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_killed_under_torchrun_ends_all_and_the_run_goes_on(tmp_path, tiny_data, killed):
+    words = [*TINY, f"data.root={tiny_data}", "data.batch_size=16", "save_every=2", "hydra.run.dir=here", "resume=auto"]
+    (tmp_path / "second").mkdir()
+    port = free_port()
+    second, first = torchrun(port, 1, words, tmp_path / "second"), torchrun(port, 0, words, tmp_path)
+    wait_for_step(first, tmp_path / "here", 5)
+    (rank,) = psutil.Process((first, second)[killed].pid).children()
+    rank.send_signal(signal.SIGKILL)
+    said = [process.communicate(timeout=60)[1] for process in (first, second)]
+    assert first.returncode
+    assert second.returncode
+    other = said[1 - killed]
+    assert "error: " in other, other
+    assert left_over(first.pid) == left_over(second.pid) == []
+    port = free_port()
+    second, first = torchrun(port, 1, words, tmp_path / "second"), torchrun(port, 0, words, tmp_path)
+    out, err = first.communicate(timeout=120)
+    second.communicate(timeout=120)
+    assert (first.returncode, second.returncode) == (0, 0), err
+    assert re.search(r"^resume  .*here/last.pt, step \d+ of 20", out, re.M), out
+    assert [row["step"] for row in rows(tmp_path / "here") if "train/loss" in row] == list(range(2, 21, 2))
+
+
+@pytest.mark.slow
 def test_slow_saves_trip_no_time_out_on_any_rank(tmp_path, tiny_data, slow_disk):
     """A save takes twice the time that a rank may hang."""
     (tmp_path / "slow_disk/slow").write_text("4")
