@@ -108,6 +108,7 @@ def test_loader_measures_ours_and_the_peers_and_tells_quality_and_dispatch(told,
     assert result["command"].startswith("python -m ghostnet.tools.benchmark loader device=cpu")
 
 
+@pytest.mark.slow
 def test_step_measures_whole_steps_of_ours_and_of_timm(told):
     result, page, _ = told("step", *SMALL, "seconds=0.1", "amp=bf16")
     check(result, page, ["ours", "timm"])

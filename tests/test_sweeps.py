@@ -265,6 +265,7 @@ def test_ray_runs_jobs_on_a_cluster_of_its_own(run, tmp_path):
     assert_same_sweeps(tmp_path / "multirun" / "here", tmp_path / "multirun" / "there", ["seed=1", "seed=2"])
 
 
+@pytest.mark.slow
 def test_submitit_runs_jobs_in_processes_of_its_own(run, tmp_path, tiny_data):
     words = ["-m", *TINY, f"data.root={tiny_data}", "optim.lr=1,2", "epochs=1"]
     assert run("train.py", *words, "sweep=here").returncode == 0
@@ -319,6 +320,7 @@ def test_rerun_repeats_a_job_of_a_sweep_to_the_bit(run, tmp_path, tiny_data):
     assert rows(tmp_path / "multirun" / "lr" / "optim.lr=2,seed=5") == rows(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_rerun_keeps_what_was_a_default_and_tells_of_what_is_gone(run, tmp_path, tiny_data):
     assert run("train.py", *TINY, f"data.root={tiny_data}", "epochs=1", "hydra.run.dir=one").returncode == 0
     config = (tmp_path / "one" / "config.yaml").read_text()
