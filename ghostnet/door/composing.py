@@ -56,6 +56,7 @@ class Composer:
     def __init__(self, name: str, look: Look = lambda *_: []) -> None:
         """look: finds what is wrong beside the config; it is asked of each job whose config could be composed."""
         self.name, self.look = name, look
+        self.composed = functools.cache(self._composed)
         self.base = functools.cache(self._base)
         self.sources = functools.cache(self._sources)
 
@@ -88,27 +89,32 @@ class Composer:
         base = self.base(tuple(word for word in words if is_choice(parsed(word))))
         more = [word for word in words if parsed(word).key_or_group.startswith("hydra.")]
         try:
-            return DictConfig(compose(self.name, overrides=[*base.choices, *more], return_hydra_config=True).hydra)
+            return DictConfig(self.composed((*base.choices, *more)).hydra)
         except ERRORS:
             return base.hydra
+
+    def _composed(self, words: tuple[str, ...]) -> DictConfig:
+        """What Hydra composes, its own config with it; not to be changed."""
+        return compose(self.name, overrides=list(words), return_hydra_config=True)
 
     def _base(self, choices: tuple[str, ...]) -> _Base:
         """Compose the choices; where that fails, one after the other, to tell which are wrong."""
         faults = {word: fault for word in choices if (fault := group_fault(self.name, parsed(word)))}
         good = [word for word in choices if word not in faults]
         try:
-            cfg = compose(self.name, overrides=good, return_hydra_config=True)
+            cfg = self.composed(tuple(good))
         except ERRORS:
             cfg, tried, good = None, good, []
             for word in (None, *tried):
                 try:
-                    cfg = compose(self.name, overrides=[*good, word] if word else [], return_hydra_config=True)
+                    cfg = self.composed((*good, word) if word else ())
                     good += [word] if word else []
                 except ERRORS as error:
                     faults[word or ""] = _composing_fault(word, error)
                     if word is None:
                         return _Base(None, OmegaConf.create(), list(faults.values()), [])
         assert cfg is not None
+        cfg = copy.deepcopy(cfg)
         hydra = cfg.hydra
         with open_dict(cfg):
             del cfg["hydra"]

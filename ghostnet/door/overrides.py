@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -56,8 +56,9 @@ def examine(name: str, overrides: Sequence[str], multirun: bool, look: Look = la
     look: finds what is wrong beside the config; it is asked of each job whose config could be composed.
     """
     with _hydra():
+        composer = Composer(name, look)
         words, faults = _well_formed(name, overrides)
-        sweep = _sweep_config(name, [parsed(word) for word in words])
+        sweep = _sweep_config(composer, [parsed(word) for word in words])
         multirun = multirun or (sweep is not None and sweep.mode == RunMode.MULTIRUN)
         jobs = [SweepJob("", words)]
         if multirun:
@@ -73,23 +74,20 @@ def examine(name: str, overrides: Sequence[str], multirun: bool, look: Look = la
             words, swept = _without_sweeps(name, words)
             faults += swept
             jobs = [SweepJob("", words)]
-        composer = Composer(name, look)
         checked = [composer.job(job.words) for job in jobs]
         faults += by_jobs([job.words for job in jobs], [[fault.text for fault in job.faults] for job in checked])
-        hydra = composer.hydra(jobs[0].words)
+        hydra = composer.hydra(jobs[0].words) if faults else composer.composed(tuple(jobs[0].words)).hydra
         faults += plugin_faults(hydra)
-        if not faults:
-            hydra = compose(name, overrides=jobs[0].words, return_hydra_config=True).hydra
         return Checked([job.config for job in checked], hydra, [job.name for job in jobs], multirun, faults)
 
 
-def _sweep_config(name: str, words: Sequence[Override]) -> DictConfig | None:
+def _sweep_config(composer: Composer, words: Sequence[Override]) -> DictConfig | None:
     """Hydra's config, on which it depends whether and how a command sweeps; None where it has faults."""
     choices = [o.input_line or "" for o in words if o.key_or_group in OPTIONAL or o.key_or_group.startswith("hydra/")]
     values = [o.input_line or "" for o in words if o.key_or_group.startswith("hydra.")]
     for chosen in ([*choices, *values], choices):  # faulty values are told later
         try:
-            return DictConfig(compose(name, overrides=chosen, return_hydra_config=True).hydra)
+            return DictConfig(composer.composed(tuple(chosen)).hydra)
         except ERRORS:
             continue
     return None
