@@ -37,6 +37,7 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@functools.cache
 def targets(key: str) -> list[str]:
     """The constructors that the files of conf/ name for a key such as data.dataset._target_: no other is ever called.
 

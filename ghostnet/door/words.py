@@ -86,7 +86,6 @@ def unknown_key(name: str, base: DictConfig, override: Override) -> Fault:
     key = override.key_or_group
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(base, parent) if parent else base
-    known = [k for k, _ in flat(unresolved(base)) if not k.endswith("_target_")]
     if isinstance(node, DictConfig) and parent:
         siblings = [str(k) for k in node if k != "_target_"]
         group, _, path = key.partition(".")
@@ -95,6 +94,7 @@ def unknown_key(name: str, base: DictConfig, override: Override) -> Fault:
             return Fault((key,), f"{key}: not a key of the chosen {group}, but of {', '.join(homes)}.")
         near = did_you_mean(leaf, siblings).replace("mean ", f"mean {parent}.")
         return Fault((key,), f"{key}: no such key.{near} {parent} has: {', '.join(siblings) or 'no keys'}.")
+    known = [k for k, _ in flat(unresolved(base)) if not k.endswith("_target_")]
     # Perhaps the right name in the wrong place, such as lr for optim.lr.
     same = [k for k in known if k.rpartition(".")[2] == leaf]
     hint = f" Did you mean {same[0]}?" if same and not parent else did_you_mean(key, [*known, *groups()])
@@ -102,6 +102,7 @@ def unknown_key(name: str, base: DictConfig, override: Override) -> Fault:
     return Fault((key,), f"{key or override.input_line}: no such key.{hint}{has}")
 
 
+@functools.cache
 def _in_option(group: str, option: str, path: str) -> bool:
     """Whether an option of a group has the dotted key."""
     cfg = OmegaConf.load(CONF / group / f"{option}.yaml")
