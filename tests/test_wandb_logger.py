@@ -53,7 +53,7 @@ def children(pid: int) -> dict[int, str]:
 
 def recorder(pid: int) -> int | None:
     """The recorder of a training."""
-    return next((child for child, line in children(pid).items() if "wandb_recorder" in line), None)
+    return next((child for child, line in children(pid).items() if "ghostnet.wandb.recorder" in line), None)
 
 
 def service(pid: int) -> int | None:
