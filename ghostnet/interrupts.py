@@ -21,7 +21,7 @@ def insist() -> None:
             signum = signal.SIGINT
         elif isinstance(error, SystemExit) and isinstance(error.code, int):
             signum = error.code - 128
-        if signum <= 0:
+        if signum not in signal.valid_signals():
             before(unraisable)
             return
         main = threading.main_thread().ident

@@ -80,7 +80,7 @@ def pack_split(
                 advance(1, True)
             parts += [shard.finish(position)] if shard.rows else []
         finally:
-            shard.close()
+            shard.file.close()
     if not parts:
         raise UserError(f"None of the {len(order):,} images in {source.folder} can be read.")
     index(parts, source).save(folder / INDEX)
@@ -123,7 +123,7 @@ def encoded(
 
 
 class Shard:
-    """A tar file under way: under another name until it is whole."""
+    """A tar file under way: under another name until it is whole; who has the folder's lock removes one that isn't."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.path = folder / name(number)
@@ -153,7 +153,7 @@ class Shard:
         with waiting("a shard to be written", LONG):
             self.file.flush()
             os.fsync(self.file.fileno())
-        self.close(keep=True)
+        self.file.close()
         numbers, skipped = np.array(self.numbers, np.int64), np.array(self.skipped, np.int64)
         part = Part(np.array(self.rows, ROW), numbers, skipped, stop, self.size, self.before)
         content = io.BytesIO()
@@ -166,14 +166,6 @@ class Shard:
         finally:
             os.close(directory)
         return part
-
-    def close(self, keep: bool = False) -> None:
-        """Close the file, and remove it where it did not come to its name."""
-        try:
-            self.file.close()  # which may have to write, and fail
-        finally:
-            if not keep:
-                self.temporary.unlink(missing_ok=True)
 
 
 def finished(folder: Path) -> list[Part]:
