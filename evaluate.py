@@ -61,7 +61,8 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     config = with_saved(cfg, saved["config"], overrides) if own else resolved(cfg)
 
     # Device, data
-    ranks, device, words = settle(ranks, config["device"]["kind"], config["device"]["ids"])
+    asked = config["device"]
+    ranks, device, words = settle(ranks, asked["kind"], asked["ids"], asked.get("allow_hf32"))
     amp = build(config["amp"])
     amp.check(device)
     data = config["data"]

@@ -53,7 +53,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.data.cache import open_cache
     from ghostnet.data.datasets import check_same_classes
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
-    from ghostnet.device import check_sync_bn, cpu_count, describe, memory_format, peak_memory
+    from ghostnet.device import check_compile, check_sync_bn, cpu_count, describe, memory_format, peak_memory
     from ghostnet.distributed import settle, synchronized
     from ghostnet.ema import Ema
     from ghostnet.loggers import ConsoleLogger, JsonLines, RunInfo
@@ -66,13 +66,16 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.wandb.artifact import located
 
     cfg, folder, console = job.cfg, job.folder, ConsoleLogger(not ranks.is_main, job.prefix)
-    data, seed, accumulate = cfg["data"], cfg["seed"], cfg["accumulate"]
+    data, seed, accumulate, backend = cfg["data"], cfg["seed"], cfg["accumulate"], cfg["compile"]["backend"]
 
     # Device
-    ranks, device, words = settle(ranks, cfg["device"]["kind"], cfg["device"]["ids"])
+    asked = cfg["device"]
+    ranks, device, words = settle(ranks, asked["kind"], asked["ids"], asked.get("allow_hf32"))
     console.say(f"device  {words}")
     amp = build(cfg["amp"])
     amp.check(device)
+    if backend:
+        check_compile(device, backend)
 
     # Data
     with ranks.main_first():
@@ -142,9 +145,9 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
 
     # Compile
     compile_seconds = None
-    if cfg["compile"]:
+    if backend:
         console.say("compile torch.compile makes the step: minutes where it is new, seconds where its cache has it")
-        compile_seconds = engine.compile_step(state, recipe, data["batch_size"], data["image_size"])
+        compile_seconds = engine.compile_step(state, recipe, data["batch_size"], data["image_size"], backend)
         console.say(f"compile {compile_seconds:.1f} s")
 
     # Loggers

@@ -4,5 +4,6 @@ import os
 
 __version__ = "0.2.0"
 
-# With torch_npu but without CANN `import torch` itself would fail, on the CPU too: device.py loads torch_npu.
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+# `import torch` would import torch_npu too, and fail without CANN, or abort beside a CUDA build of torch: device.py
+# imports it once it is known to work. Processes that are started inherit this.
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"

@@ -37,6 +37,7 @@ class TrainConfig:
     amp: Config
     device: Config
     logger: Config
+    compile: Config
     epochs: PositiveInt
     seed: int
     label_smoothing: Fraction
@@ -50,10 +51,9 @@ class TrainConfig:
     sync_bn: bool
     dist_bn: Literal["reduce", "broadcast"]
     baseline: str | None
-    compile: bool = False
     sweep: str | None = None
     rerun: str | None = None
-    """Runs of version 0.2 had none of the three."""
+    """Runs of version 0.2 had neither."""
     keep: PositiveInt = 2
     force: bool = False
     stall_timeout: Positive = 1800
@@ -130,6 +130,15 @@ class DeviceConfig:
     count: PositiveInt
     ids: list[NonNegativeInt] | None
     batch_size: PositiveInt
+    allow_hf32: bool | None = None
+    """Only of NPUs."""
+
+
+@dataclass
+class CompileConfig:
+    """The keys of compile; true stands for inductor, false for null."""
+
+    backend: str | None
 
 
 @dataclass
@@ -140,7 +149,7 @@ class LoggerConfig:
 
 
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "pack": PackConfig}
-GROUP_SCHEMAS = {"data": DataConfig, "device": DeviceConfig, "logger": LoggerConfig}
+GROUP_SCHEMAS = {"data": DataConfig, "device": DeviceConfig, "logger": LoggerConfig, "compile": CompileConfig}
 OWN_SCHEMAS = {"pack": {"data": SourceConfig}}
 """Of nodes that are no groups in one primary config."""
 
@@ -161,9 +170,11 @@ def build_model(node: Config, num_classes: int) -> Any:  # noqa: ANN401 (whateve
 
 
 def resolved(cfg: DictConfig) -> Config:
-    """Plain dicts and lists with every interpolation replaced by its value."""
+    """Plain dicts and lists with every interpolation replaced by its value, and what compile=VALUE stands for."""
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
+    if "compile" in container and not isinstance(short := container["compile"], dict):
+        container["compile"] = {"backend": {True: "inductor", False: None}.get(short, short)}
     return {str(key): value for key, value in container.items()}
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from torch import Tensor
 
 from ghostnet.errors import UserError
+from ghostnet.schema import did_you_mean
 
 Kind = Literal["auto", "cpu", "cuda", "npu"]
 Mark = Any
@@ -30,6 +32,9 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 ENVIRONMENT = {
     "npu": {
         "TASK_QUEUE_ENABLE": "2",  # launches kernels from a second thread, with the workspaces made there too
+        # Eager fusion of element-wise operations and BatchNorm (1 or true), which A2 and A3 cards have. Off: it has
+        # not been tried on cards yet.
+        "TORCH_NPU_LAZY_FUSION": "0",
         "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
         "HCCL_WHITELIST_DISABLE": "1",  # no list of the hosts that may connect
         "HCCL_CONNECT_TIMEOUT": "600",  # seconds; ranks that index a large data set first connect late
@@ -37,6 +42,11 @@ ENVIRONMENT = {
     }
 }
 """Defaults of each kind's libraries; what the user's environment says goes first."""
+
+NO_TRITON = ("ascendc", "dvm", "mlir")
+"""Values of TORCHINDUCTOR_NPU_BACKEND with which torch.compile's inductor needs no Triton."""
+GRAPHS = ("npugraphs", "npugraph_ex")
+"""Backends of torch.compile that capture NPU graphs."""
 
 PIXELS_PER_THREAD = 4 * 224 * 224
 """Whose widest layers stay in a core's share of the caches."""
@@ -49,7 +59,10 @@ HUAWEI, ACCELERATOR = "0x19e5", "0x1200"
 
 
 def choose(kind: Kind) -> tuple[str, str]:
-    """-> (cpu, cuda or npu; why). auto takes an NPU, then CUDA, then the CPU; UserError where a named kind can't be."""
+    """Return (cpu, cuda or npu; why). auto takes an NPU, then CUDA, then the CPU.
+
+    Raises UserError if a kind that is named can't be used, and if auto would leave NPUs idle for the build of torch.
+    """
     if kind == "cpu":
         return kind, "as asked"
     npu = npu_fault() if kind in ("npu", "auto") else None
@@ -68,6 +81,8 @@ def choose(kind: Kind) -> tuple[str, str]:
         npu = "torch_npu is not installed"
     if torch.cuda.is_available():
         return "cuda", f"auto: {npu.rstrip('.')}; a CUDA card is there"
+    if cuda_build_beside_torch_npu():
+        raise UserError(f"device=auto: {npu} To run without a card: device=cpu")
     return "cpu", f"auto: {npu.rstrip('.')}; no CUDA card is visible"
 
 
@@ -75,6 +90,8 @@ def npu_fault() -> str | None:
     """Why no NPU can be used, with its way out; None where one can. Loads torch_npu."""
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed: pip install -r requirements-npu.txt."
+    if fault := cuda_build_beside_torch_npu():
+        return fault
     if fault := torch_mismatch():
         return fault
     try:
@@ -95,6 +112,19 @@ def npu_fault() -> str | None:
             f"--device=/dev/davinci0{f'; ASCEND_RT_VISIBLE_DEVICES is {seen!r}' if seen is not None else ''}."
         )
     return None
+
+
+def cuda_build_beside_torch_npu() -> str | None:
+    """Why torch_npu must not be imported beside this torch, with the way out; None if it may be.
+
+    Beside a CUDA build its static initialisers abort the process, which no `except` catches.
+    """
+    if not torch.version.cuda or importlib.util.find_spec("torch_npu") is None:
+        return None
+    return (
+        f"torch {torch.__version__} is a CUDA build, beside which torch_npu aborts; torch_npu needs the CPU build of "
+        "torch: pip install -r requirements-npu.txt in a new environment installs it."
+    )
 
 
 def torch_mismatch() -> str | None:
@@ -141,8 +171,12 @@ def set_environment(kind: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def resolve(kind: str, index: int = 0) -> torch.device:
-    """The card or processor to compute on, set up and made current. kind: what choose() gave."""
+def resolve(kind: str, index: int = 0, allow_hf32: bool | None = None) -> torch.device:
+    """Set up the card or processor to compute on, make it current, and return it.
+
+    kind: what choose() gave. allow_hf32: whether an NPU may multiply float32 numbers with 10-bit mantissas, in
+    convolutions and in matrix products; None: as torch_npu has it, in convolutions alone.
+    """
     if kind == "cpu":
         # Denormal numbers, common in late training, take the slow path of the processor.
         torch.set_flush_denormal(True)
@@ -155,6 +189,12 @@ def resolve(kind: str, index: int = 0) -> torch.device:
         # Both before any model moves: the defaults of first-generation cards compile every new shape for minutes.
         torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
         torch.npu.config.allow_internal_format = False  # type: ignore[attr-defined]
+        if allow_hf32 is not None:
+            torch.npu.conv.allow_hf32 = allow_hf32  # type: ignore[attr-defined]
+            torch.npu.matmul.allow_hf32 = allow_hf32  # type: ignore[attr-defined]
+        # torch_npu's own way of copying a storage, which every deepcopy of a buffer takes, asks a TypedStorage for
+        # its device.
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
     return torch.device(kind, index)
 
 
@@ -282,6 +322,39 @@ def check_bf16(device: torch.device) -> None:
     """UserError on a card without bfloat16: first-generation Ascend cards would silently compute in fp32."""
     if device.type != "cpu" and not has_bf16(device):
         raise UserError(f"amp=bf16: {describe(device)} has no bfloat16. Use amp=fp16 or amp=o2.")
+
+
+def check_compile(device: torch.device, backend: str) -> None:
+    """Raise UserError if torch.compile has no such backend, or if it can't work on this device as things are."""
+    known = torch._dynamo.list_backends(exclude_tags=())  # type: ignore[no-untyped-call]
+    if backend not in known:
+        listed = ", ".join(torch.compiler.list_backends())
+        raise UserError(
+            f"compile.backend={backend}: torch.compile has no such backend.{did_you_mean(backend, known)} "
+            f"There are: {listed}."
+        )
+    if device.type != "npu":
+        return
+    generator = os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default")
+    if backend == "inductor" and generator not in NO_TRITON and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            "compile=true: on NPUs torch.compile needs Triton: pip install triton-ascend. Or give "
+            "compile.backend=npugraphs, or compile=false."
+        )
+    if backend in GRAPHS and os.environ.get("TASK_QUEUE_ENABLE") == "2":
+        raise UserError(
+            f"compile.backend={backend}: NPU graphs can't be captured under TASK_QUEUE_ENABLE=2, which is set unless "
+            "the shell sets it: export TASK_QUEUE_ENABLE=1."
+        )
+
+
+def compiler_of(device: torch.device) -> str:
+    """What torch.compile needs beside torch on a device, in words."""
+    return {
+        "cpu": "a C++ compiler such as g++",
+        "cuda": "Triton",
+        "npu": "Triton (pip install triton-ascend)",
+    }[device.type]
 
 
 def check_sync_bn(device: torch.device) -> None:

@@ -5,6 +5,7 @@ Two roads: gradients go over the devices (hccl, nccl, gloo); words, counts and a
 
 import contextlib
 import inspect
+import io
 import itertools
 import os
 import pickle
@@ -127,8 +128,8 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.world_size
         with waiting("what the other ranks tell", others=True):
-            dist.all_gather_object(values, value)
-        return values
+            dist.all_gather_object(values, _packed(value))
+        return [_unpacked(packed) for packed in values]
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What make() gives on the main rank, on all of them; it is not called on the others."""
@@ -137,10 +138,10 @@ class Ranks:
         box: list[Any] = [None]
         if self.is_main:
             with waiting("what the main rank does for all", LONG):
-                box = [make()]
+                box = [_packed(make())]
         with waiting("what the main rank tells", others=True):
             dist.broadcast_object_list(box, src=0)
-        value: T = box[0]
+        value: T = _unpacked(box[0])
         return value
 
     def mean_(self, tensor: Tensor) -> None:
@@ -206,6 +207,21 @@ class Ranks:
         """Take the roads down."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _packed(value: object) -> bytes:
+    """What ranks send each other of a value that may hold tensors, which come out in the host's memory.
+
+    pickle, which torch's object collectives use, would write a tensor in a format of old, against which torch_npu
+    warns whatever the tensor's device.
+    """
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(packed: bytes) -> Any:  # noqa: ANN401 (whatever was packed)
+    return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
 
 
 ALONE = Ranks()
@@ -326,10 +342,15 @@ def pin(ranks: Ranks, device: torch.device) -> str:
     return f"{share} CPU{'s' if share > 1 else ''} a rank"
 
 
-def settle(ranks: Ranks, kind: Kind, ids: list[int] | None) -> tuple[Ranks, torch.device, str]:
-    """This rank's device, roads to the others', CPUs of its own -> (ranks, device, all of that in words)."""
+def settle(
+    ranks: Ranks, kind: Kind, ids: list[int] | None, allow_hf32: bool | None = None
+) -> tuple[Ranks, torch.device, str]:
+    """Set up this rank's device, roads to the others', CPUs of its own.
+
+    Returns the ranks, the device, and all of that in words. allow_hf32: as resolve() takes it.
+    """
     chosen, why = choose(kind)
-    device = resolve(chosen, ranks.card(ids, cards(chosen)))
+    device = resolve(chosen, ranks.card(ids, cards(chosen)), allow_hf32)
     ranks = ranks.on(device)
     many = f"; {ranks}, {pin(ranks, device)}" if ranks.world_size > 1 else ""
     return (

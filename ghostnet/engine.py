@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ghostnet.amp import Amp
 from ghostnet.data.loader import EvalLoader, TrainLoader
 from ghostnet.data.transforms import Mix, Mixed, Preprocessing
-from ghostnet.device import images_at_once, mark, memory_format, synchronize
+from ghostnet.device import compiler_of, images_at_once, mark, memory_format, synchronize
 from ghostnet.distributed import ALONE, Ranks, local_gradients
 from ghostnet.ema import Ema
 from ghostnet.errors import SampleError, UserError
@@ -260,29 +260,31 @@ def _update(
     return waits, reductions, left_out
 
 
-def compile_step(state: TrainState, recipe: Recipe, batch_size: int, image_size: int) -> float:
-    """Have torch.compile make the passes of a step, and run them once -> seconds; the state stays as it was.
+def compile_step(state: TrainState, recipe: Recipe, batch_size: int, image_size: int, backend: str) -> float:
+    """Compile the passes of a step by a backend of torch.compile, and run them once; the state stays as it was.
 
-    UserError where they can't be compiled.
+    Returns the seconds that took. Raises UserError if they can't be compiled.
     """
     before = time.monotonic()
     torch.compiler.reset()  # of earlier jobs: past a number of models it would silently compile no more
-    state.parallel.compile()
     state.parallel.train()
     kept = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
     pixels = torch.zeros(batch_size, image_size, image_size, 3, dtype=torch.uint8, device=state.device)
     images = recipe.preprocessing.normalize(pixels).contiguous(memory_format=memory_format(state.device))
     labels = torch.zeros(batch_size, dtype=torch.int64, device=state.device)
     try:
+        state.parallel.compile(backend=backend)
         for part in range(min(2, recipe.accumulate)):
             with waiting("torch.compile", LONG), local_gradients(state.parallel) if part else nullcontext():
                 cross_entropy(state.amp.forward(state.parallel, images), labels, None, 0.0).backward()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        word = "compile=true" if backend == "inductor" else f"compile.backend={backend}"
+        needs = f" It needs {compiler_of(state.device)}." if backend == "inductor" else ""
         raise UserError(
-            f"compile=true: torch.compile can't make the step on {state.device.type}: {_reason(error)}. It needs a C++ "
-            "compiler such as g++ for CPUs, Triton for cards. Without it: compile=false"
+            f"{word}: torch.compile can't make the step on {state.device.type}: {_reason(error)}.{needs} Without it: "
+            "compile=false"
         ) from None
     state.model.zero_grad()
     for buffer, value in kept:
@@ -292,7 +294,8 @@ def compile_step(state: TrainState, recipe: Recipe, batch_size: int, image_size:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line that says something of an error of torch.compile."""
+    """The first line of an error of torch.compile that says something; of a backend's own error, what that says."""
+    error = getattr(error, "inner_exception", error)
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line.rstrip(".:") for line in lines if line), type(error).__name__)
 

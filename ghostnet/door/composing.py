@@ -141,6 +141,9 @@ class Composer:
             return unknown_key(self.name, root, override)
         if there and override.is_add() and not override.is_force_add():
             return Fault((key,), f"{word}: {key} is there already. Leave the + out.")
+        if not hydra and not has_key(cfg, key):
+            whole = key.rpartition(".")[0]
+            return Fault((key,), f"{word}: the command sets or removes all of {whole} before. Give one of the two.")
         target = cfg
         if hydra:
             target = OmegaConf.create({"hydra": copy.deepcopy(base.hydra)})

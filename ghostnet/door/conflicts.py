@@ -81,9 +81,9 @@ def momentum(values: Values) -> Iterator[Fault]:
 
 def compiled(values: Values) -> Iterator[Fault]:
     """What apex does to a model can't be compiled."""
-    if values.get("compile") is True and _is(values, "amp", "Apex"):
+    if values.get("compile.backend") and _is(values, "amp", "Apex"):
         text = "compile=true: apex changes the model in a way that can't be compiled. Give amp=o2, which is alike."
-        yield Fault(("compile", "amp"), text)
+        yield Fault(("compile.backend", "amp"), text)
 
 
 def synchronized(values: Values) -> Iterator[Fault]:

@@ -29,7 +29,7 @@ def device_of(cfg: dict[str, Any], tuned: bool = True) -> "torch.device":
     kind, _ = choose(cfg["device"]["kind"])
     if not tuned and kind == "cpu":
         return torch.device(kind)
-    return resolve(kind, (cfg["device"]["ids"] or [0])[0])
+    return resolve(kind, (cfg["device"]["ids"] or [0])[0], cfg["device"].get("allow_hf32"))
 
 
 def again(epoch: Iterable[T]) -> Iterator[T]:

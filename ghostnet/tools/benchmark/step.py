@@ -25,7 +25,7 @@ def ours(spec: dict[str, Any]) -> Metrics:
     from ghostnet import engine
     from ghostnet.config import build, build_model
     from ghostnet.data.loader import Feeder, TrainLoader
-    from ghostnet.device import cpu_count, memory_format
+    from ghostnet.device import check_compile, cpu_count, memory_format
     from ghostnet.ema import Ema
     from ghostnet.optim import Timeline, scaled_lr
     from ghostnet.seeding import seed_init
@@ -55,8 +55,10 @@ def ours(spec: dict[str, Any]) -> Metrics:
     )
     state = engine.TrainState(model, optimizer, amp, ema, device)
     compiled = {}
-    if cfg["compile"]:
-        compiled = {"compile_seconds": engine.compile_step(state, recipe, data["batch_size"], data["image_size"])}
+    if backend := cfg["compile"]["backend"]:
+        check_compile(device, backend)
+        seconds = engine.compile_step(state, recipe, data["batch_size"], data["image_size"], backend)
+        compiled = {"compile_seconds": seconds}
 
     class Epoch:
         def __iter__(self) -> Any:  # noqa: ANN401 (an iterator of steps)

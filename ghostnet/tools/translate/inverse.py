@@ -111,7 +111,7 @@ def _unable(values: dict[str, Any]) -> list[str]:
         "data.augment.randaugment: it has none": values["data.augment.randaugment"] > 0,
         "data.on_error=skip: an image that can't be read ends it": values.get("data.on_error") == "skip",
         "data.cache_val=true: it decodes the evaluation images every time": bool(values.get("data.cache_val")),
-        "compile=true: it has no torch.compile": bool(values.get("compile")),
+        "compile=true: it has no torch.compile": bool(values.get("compile.backend")),
         "resume: it can't go on in the middle of an epoch, nor from files of this project": bool(values["resume"]),
         "logger=wandb: it writes summary.csv": bool(values.get("logger.wandb._target_")),
         "sync_bn=true on one card": values["sync_bn"] and values["device.count"] == 1,
