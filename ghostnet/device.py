@@ -341,7 +341,7 @@ def check_compile(device: torch.device, backend: str) -> None:
             "compile=true: on NPUs torch.compile needs Triton: pip install triton-ascend. Or give "
             "compile.backend=npugraphs, or compile=false."
         )
-    if backend in GRAPHS and os.environ.get("TASK_QUEUE_ENABLE") == "2":
+    if backend in GRAPHS and (ENVIRONMENT["npu"] | os.environ)["TASK_QUEUE_ENABLE"] == "2":
         raise UserError(
             f"compile.backend={backend}: NPU graphs can't be captured under TASK_QUEUE_ENABLE=2, which is set unless "
             "the shell sets it: export TASK_QUEUE_ENABLE=1."

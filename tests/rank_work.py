@@ -165,6 +165,7 @@ def work(argument, ranks: Ranks):
         "ranks": ranks.gather((ranks.rank, ranks.local_rank, ranks.is_main, ranks.world_size, ranks.starter)),
         "largest": ranks.largest(10 * ranks.rank),
         "from main": ranks.gather(ranks.from_main(lambda: f"of {ranks.rank}")),
+        "tensors": ranks.gather(tensors(ranks)),
         "pids": ranks.gather((os.getpid(), os.getppid())),
         "pinned": ranks.gather((distributed.pin(ranks, CPU), sorted(os.sched_getaffinity(0)))),
         "same as one": same_as_one(ranks),
@@ -174,6 +175,17 @@ def work(argument, ranks: Ranks):
         "broken": together_until(ranks, broken=True),
         "evaluations": [(r.top1_hits, r.top5_hits, r.count, r.loss) for r in evaluations],
     }
+
+
+def tensors(ranks):
+    """What ranks get of each other's tensors; torch_npu warns of those that torch pickles in its format of old."""
+    of_old, torch.serialization._legacy_save = torch.serialization._legacy_save, None
+    try:
+        all_of_them = ranks.gather({"own": torch.full((2,), ranks.rank, dtype=torch.bfloat16)})
+        main = ranks.from_main(lambda: [torch.arange(3), "text"])
+    finally:
+        torch.serialization._legacy_save = of_old
+    return [each["own"].tolist() for each in all_of_them], [main[0].tolist(), main[1]]
 
 
 def fail(argument, ranks: Ranks):

@@ -45,8 +45,9 @@ class Cards:
 def machine(monkeypatch):
     """A machine with the cards that are given."""
 
-    def install(cuda=None, npu=None):
+    def install(cuda=None, npu=None, cuda_build=None):
         monkeypatch.setattr(torch, "cuda", cuda or Cards(available=False))
+        monkeypatch.setattr("torch.version.cuda", cuda_build)
         monkeypatch.setitem(sys.modules, "torch_npu", None)  # as if it were not installed
         monkeypatch.delattr(torch, "npu", raising=False)
         if npu:
@@ -71,6 +72,46 @@ def test_auto_takes_cuda_where_it_is_and_else_the_cpu_and_says_why(machine):
     assert why.endswith("a CUDA card is there")
     machine(cuda=Cards(), npu=Cards())
     assert device.choose("auto") == ("npu", "auto: an NPU is there")
+
+
+def test_auto_takes_cuda_beside_a_torch_npu_that_a_cuda_build_of_torch_would_abort_and_never_leaves_npus_idle(machine):
+    machine(cuda=Cards(), npu=Cards(), cuda_build="13.0")
+    kind, why = device.choose("auto")
+    assert kind == "cuda"
+    assert "is a CUDA build, beside which torch_npu aborts" in why
+    assert why.endswith("a CUDA card is there")
+    machine(npu=Cards(), cuda_build="13.0")
+    way_out = r"needs the CPU build of torch: pip install -r requirements-npu\.txt .*To run without a card: device=cpu$"
+    for kind in ("auto", "npu"):
+        with pytest.raises(UserError, match=f"^device={kind}.* is a CUDA build.*{way_out}"):
+            device.choose(kind)
+    assert device.choose("cpu") == ("cpu", "as asked")
+    machine(cuda_build="13.0")
+    assert device.choose("auto")[0] == "cpu"
+
+
+def test_a_backend_of_torch_compile_that_does_not_exist_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"^compile\.backend=indictor: .* Did you mean inductor\? There are: .*inductor"):
+        device.check_compile(CPU, "indictor")
+    device.check_compile(CPU, "inductor")
+    device.check_compile(CPU, "eager")
+
+
+def test_what_torch_compile_needs_on_npus_is_named_before_it_is_missed(monkeypatch):
+    card = SimpleNamespace(type="npu")
+    for name in ("TORCHINDUCTOR_NPU_BACKEND", "TASK_QUEUE_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch._dynamo.list_backends", lambda exclude_tags: ["inductor", "npugraphs", "npugraph_ex"])
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UserError, match="pip install triton-ascend"):
+        device.check_compile(card, "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_NPU_BACKEND", "dvm")
+    device.check_compile(card, "inductor")
+    for graphs in ("npugraphs", "npugraph_ex"):
+        with pytest.raises(UserError, match=rf"^compile\.backend={graphs}: .* export TASK_QUEUE_ENABLE=1\.$"):
+            device.check_compile(card, graphs)
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "1")
+    device.check_compile(card, "npugraphs")
 
 
 def test_a_kind_that_is_named_is_taken_as_asked(machine):
@@ -158,6 +199,7 @@ def test_defaults_of_the_environment_give_way_to_the_users_own(monkeypatch):
     device.set_environment("npu")
     assert os.environ["HCCL_CONNECT_TIMEOUT"] == "7"
     assert os.environ["TASK_QUEUE_ENABLE"] == "2"
+    assert os.environ["TORCH_NPU_LAZY_FUSION"] == "0"
     assert int(os.environ["HCCL_EXEC_TIMEOUT"]) < 1868
     for name in device.ENVIRONMENT["npu"]:
         monkeypatch.delenv(name)

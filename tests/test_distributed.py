@@ -54,6 +54,10 @@ def test_each_rank_knows_which_it_is_and_all_hear_the_main_one(found):
     assert (found["argument"], found["largest"], found["from main"]) == ("told", 10, ["of 0", "of 0"])
 
 
+def test_tensors_that_ranks_tell_each_other_are_not_pickled_in_the_format_of_old(found):
+    assert found["tensors"] == [[[[0, 0], [1, 1]], [[0, 1, 2], "text"]]] * 2
+
+
 def test_ranks_are_processes_of_the_launcher(found):
     (first, its_parent), (second, other_parent) = found["pids"]
     assert its_parent == other_parent == found["parent"]

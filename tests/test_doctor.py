@@ -13,9 +13,12 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
@@ -159,7 +162,9 @@ def test_an_unknown_key_is_all_that_the_page_says():
 def mismatched(folder: Path) -> Path:
     entry = "[torch.backends]\ntorch_npu = torch_npu:_autoload\n"
     code = "raise ImportError('libhccl.so: cannot open shared object file')"
-    return package(folder, "torch_npu", "2.0.0", code, "Requires-Dist: torch==2.0.0\n", entry)
+    package(folder, "torch_npu", "2.0.0", code, "Requires-Dist: torch==2.0.0\n", entry)
+    shutil.copy(REPOSITORY / "tests" / "emulated_npu" / "sitecustomize.py", folder)  # torch is a CPU build
+    return folder
 
 
 def test_a_torch_npu_for_another_torch_is_red_where_npus_are_asked_for(tmp_path):
@@ -344,6 +349,21 @@ def test_a_cuda_build_beside_torch_npu_is_yellow(monkeypatch):
     monkeypatch.setattr("torch.version.cuda", None)
     (found,) = software.torch(case())
     assert (found.status, found.what[-9:]) == (OK, "CPU build")
+
+
+@pytest.mark.parametrize(("asked", "cuda", "status"), [("npu_1p", 0, FAIL), ("auto", 0, FAIL), ("auto", 1, WARN)])
+def test_a_cuda_build_beside_torch_npu_is_red_where_npus_would_be_used(page, monkeypatch, asked, cuda, status):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(__spec__=ModuleSpec("torch_npu", None)))
+    monkeypatch.setattr(machine, "installed", {"torch_npu": "2.14.0"}.get)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(cuda))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: cuda)
+    monkeypatch.setattr(machine, "cards", lambda chosen: [])
+    code, text = page(f"device={asked}", checks=(machine.device,))
+    assert code == (1 if status == FAIL else 0)
+    assert f"\n{status}  device      torch {torch.__version__} is a CUDA build, beside which torch_npu aborts;" in text
+    assert "needs the CPU build of torch → pip install -r requirements-npu.txt" in text
+    assert ("To run without a card: device=cpu" in text) == (status == FAIL)
 
 
 def test_a_shell_that_loads_no_backends_with_torch_is_not_told_of_them(tmp_path, monkeypatch):

@@ -211,13 +211,78 @@ def test_cards_that_saturate_get_their_own_gradscaler_and_no_bf16(run, tmp_path,
     assert done.stderr == "error: amp=bf16: Ascend910A has no bfloat16. Use amp=fp16 or amp=o2.\n"
 
 
-def package(folder, requires):
+SET_UP = """
+import copy, sys, torch, ghostnet
+from ghostnet import device
+assert device.choose("npu")[0] == "npu"
+card = device.resolve("npu", 0, {"None": None, "True": True, "False": False}[sys.argv[1]])
+copied = torch.storage.TypedStorage._deepcopy
+
+def deepcopy(self, memo):  # as the real torch_npu has it
+    self.device
+    return copied(self, memo)
+
+torch.storage.TypedStorage._deepcopy = deepcopy
+copy.deepcopy(torch.nn.BatchNorm2d(3).to(card))
+print(torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32)
+"""
+
+
+@pytest.mark.parametrize(("asked", "then"), [(None, "True False"), (True, "True True"), (False, "False False")])
+def test_a_card_is_set_up_with_hf32_as_asked_and_copies_of_buffers_warn_of_nothing(asked, then):
+    env = environment() | {"PYTHONPATH": os.pathsep.join([NPU, str(REPOSITORY)])}
+    command = [sys.executable, "-W", "error", "-c", SET_UP, str(asked)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.stderr) == (then, "")
+
+
+ABORT = """
+import os, pathlib
+if "TORCH_DEVICE_BACKEND_AUTOLOAD" in os.environ:  # which the doctor leaves out of its look at other programs
+    pathlib.Path(__file__).with_name("imported").touch()
+os.abort()
+"""
+TRAIN, TOOL = str(REPOSITORY / "train.py"), "ghostnet.tools."
+BESIDE_CUDA_BUILD = {
+    (TRAIN, "device=npu_1p"): 1,
+    (TRAIN, " ".join(TWO)): 1,
+    (TRAIN, "device=auto"): 1,
+    (TRAIN, "-m seed=1,2 device=auto"): 1,
+    (TRAIN, "-m seed=1,2 device=auto hydra/launcher=joblib hydra.launcher.n_jobs=2"): 1,
+    (TRAIN, "device=cpu_2p data.batch_size=16 hydra.run.dir=two"): 0,
+    ("-m", f"{TOOL}plan", "device=auto"): 0,
+    ("-m", f"{TOOL}doctor", "device=npu_1p"): 1,
+    ("-m", f"{TOOL}doctor", "device=auto"): 1,
+    ("-m", f"{TOOL}benchmark", "step device=auto"): 1,
+}
+"""Commands -> their exit codes, without a card."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", BESIDE_CUDA_BUILD, ids=lambda words: " ".join(words[-2:]).rpartition("/")[2])
+def test_no_process_imports_torch_npu_beside_a_cuda_build_of_torch_which_would_abort_it(tmp_path, tiny_data, words):
+    package(tmp_path / "packages", "torch==" + torch.__version__.partition("+")[0], ABORT)
+    path = os.pathsep.join([str(tmp_path / "packages"), NPU, str(REPOSITORY)])
+    env = environment() | {"PYTHONPATH": path, "EMULATED_NPU_CUDA_BUILD": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    program, own = words[:-1], words[-1]
+    small = [] if "benchmark" in program[-1] else [*SHORT, f"data.root={tiny_data}"]
+    done = subprocess.run([sys.executable, *program, *small, *own.split()], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == BESIDE_CUDA_BUILD[words], done.stderr
+    assert not (tmp_path / "packages" / "torch_npu" / "imported").exists()
+    said = " ".join((done.stdout + done.stderr).split())
+    assert ("needs the CPU build of torch" in said) == ("device=cpu_2p" not in own)
+    assert "Traceback" not in said
+
+
+def package(folder, requires, code="raise RuntimeError('not to be imported')\n"):
     info = folder / "torch_npu-2.0.0.dist-info"
     info.mkdir(parents=True)
     lines = ["Metadata-Version: 2.1", "Name: torch_npu", "Version: 2.0.0", f"Requires-Dist: {requires}", ""]
     (info / "METADATA").write_text("\n".join(lines))
     (folder / "torch_npu").mkdir()
-    (folder / "torch_npu" / "__init__.py").write_text("raise RuntimeError('not to be imported')\n")
+    (folder / "torch_npu" / "__init__.py").write_text(code)
+    points = "[torch.backends]\ntorch_npu = torch_npu:_autoload\n"
+    (info / "entry_points.txt").write_text(points)
 
 
 @pytest.mark.slow
@@ -232,7 +297,7 @@ def test_four_ways_of_having_no_npu_are_told_apart_each_with_its_way_out(run, tm
             "EMULATED_NPU_COUNT": "0",
         },
         f"torch_npu 2.0.0 goes with torch ==2.0.0, but torch {torch.__version__} is installed: pip install -r": {
-            "PYTHONPATH": str(tmp_path / "other")
+            "PYTHONPATH": os.pathsep.join([str(tmp_path / "other"), NPU])
         },
     }
     for message, settings in cases.items():

@@ -57,8 +57,8 @@ class Torture:
 
     def start(self, setting: Setting, folder: Path, aimed: Kill | None) -> "subprocess.Popen[bytes]":
         """The command, in a session of its own; what it says goes to files beside its folder."""
-        path = [REPOSITORY / "tests" / "aim"] if aimed and aimed.aim.event else []
-        path += [REPOSITORY / "tests" / "emulated_npu"] if setting.device == "npu" else []
+        path = [REPOSITORY / "tests" / "emulated_npu"] if setting.device == "npu" else []
+        path += [REPOSITORY / "tests" / "aim"] if aimed and aimed.aim.event else []
         path += [self.place / "apex"] if setting.amp == "apex" else []
         env = environment() | {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONFAULTHANDLER": "1"}
         if setting.amp == "apex" or "sync_bn=true" in setting.more:

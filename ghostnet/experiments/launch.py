@@ -77,7 +77,7 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
             elif args.multirun and not trains:
                 raise ConfigError(f"-m is for train.py: {name}.py takes one command at a time.")
         main()
-    except ConfigError as error:
+    except UserError as error:
         say(f"error: {error}")
         code = 1
     except KeyboardInterrupt:

@@ -31,17 +31,22 @@ def device(case: Case) -> Findings:
     """The device that is asked for, its cards, what they can compute."""
     from torch import device
 
-    from ghostnet.device import check_bf16, check_cards, check_sync_bn, choose, describe, npu_fault
+    from ghostnet.device import check_bf16, check_cards, check_compile, check_sync_bn, choose, describe, npu_fault
+    from ghostnet.errors import UserError
 
     kind, count, ids = (case.cfg["device"][key] for key in ("kind", "count", "ids"))
-    if kind == "npu" or (kind == "auto" and installed("torch_npu")):
-        if fault := npu_fault():
-            what, _, way_out = fault.rpartition(": ")
-            to_cpu = " To run without a card: device=cpu" * (kind == "npu")
-            yield Finding(needed(kind == "npu"), what, way_out + to_cpu)
-        if fault and kind == "npu":
-            return
-    case.kind, _ = choose(kind)
+    fault = npu_fault() if kind == "npu" or (kind == "auto" and installed("torch_npu")) else None
+    try:
+        case.kind, _ = choose(kind)
+    except UserError:
+        if not fault:
+            raise
+    if fault:
+        what, _, way_out = fault.rpartition(": ")
+        to_cpu = " To run without a card: device=cpu" * (not case.kind)
+        yield Finding(needed(not case.kind), what, way_out + to_cpu)
+    if not case.kind:
+        return
     first = device(case.kind) if case.kind == "cpu" else device(case.kind, ids[0] if ids else 0)
     check_cards(case.kind, count, ids)
     if case.kind == "cpu":
@@ -49,10 +54,24 @@ def device(case: Case) -> Findings:
         yield Finding(OK, f"{many}{describe(first)}{' (auto: no card can be used)' if kind == 'auto' else ''}")
     else:
         yield from cards([device(case.kind, index) for index in ids or range(count)])
+        yield from hf32(case, first)
     if case.cfg["amp"]["_target_"].endswith(".Bf16"):
         check_bf16(first)
     if case.cfg["sync_bn"]:
         check_sync_bn(first)
+    if backend := case.cfg["compile"]["backend"]:
+        check_compile(first, backend)
+
+
+def hf32(case: Case, card: Any) -> Findings:  # noqa: ANN401 (torch is not imported yet)
+    """Say that an NPU's float32 convolutions are not of float32's precision, unless the config decides on that."""
+    from ghostnet.device import saturates
+
+    fp32 = case.cfg["amp"]["_target_"].endswith(".Amp")
+    if case.kind == "npu" and fp32 and case.cfg["device"].get("allow_hf32") is None and not saturates(card):
+        yield Finding(
+            OK, "amp=none convolves in HF32, with 10-bit mantissas; device.allow_hf32=false: in whole float32"
+        )
 
 
 def cards(chosen: list[Any]) -> Findings:
@@ -62,7 +81,7 @@ def cards(chosen: list[Any]) -> Findings:
     kind, names = chosen[0].type, [device.describe(card) for card in chosen]
     for name, card in dict(zip(names, chosen, strict=True)).items():
         can = "bf16" if device.has_bf16(card) else "no bf16"
-        old = ", first generation: an overflow saturates" if device.saturates(card) else ""
+        old = ", first generation: an overflow saturates, SGD has no fused kernel" if device.saturates(card) else ""
         yield Finding(OK, f"{names.count(name)} × {name} ({device.cards(kind)} visible), {can}{old}")
     for card in chosen:
         free, total = device.free_memory(card)
