@@ -160,12 +160,13 @@ def test_two_epochs_are_a_plain_loop_bit_for_bit(feeder, optimizer, accumulate, 
 
 
 @pytest.mark.slow
-def test_a_compiled_step_trains_like_an_eager_one_and_compiling_it_changes_nothing(feeder):
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_a_compiled_step_trains_like_an_eager_one_and_compiling_it_changes_nothing(feeder, backend):
     train_loader, eval_loader = loaders(feeder)
     eager, compiled = begin(ghostnet(dropout=0.0)), begin(ghostnet(dropout=0.0))
     fresh = copy.deepcopy(compiled.state_dict())
     calls = torch._dynamo.utils.counters["stats"]
-    assert engine.compile_step(compiled, recipe(), train_loader.batch_size, 32) > 0
+    assert engine.compile_step(compiled, recipe(), train_loader.batch_size, 32, backend) > 0
     assert calls["unique_graphs"] > 0
     assert_same_bits(compiled.state_dict(), fresh)
     assert all(parameter.grad is None for parameter in compiled.model.parameters())

@@ -14,7 +14,7 @@ NPU = REPOSITORY / "requirements-npu.txt"
 LINES = NPU.read_text().splitlines()
 INDEX = next(line for line in LINES if line.startswith("--"))
 REQUIRED = [Requirement(line.partition("#")[0]) for line in LINES if line and line[0] not in "#-"]
-PINNED = {need.name: next(iter(need.specifier)).version for need in REQUIRED}
+PINNED = {need.name: next((each.version for each in need.specifier), "1") for need in REQUIRED}
 CUDA_BUILDS = {"torch": "2.12.0", "torchvision": "0.27.0"}
 """As the Python package index has them."""
 
