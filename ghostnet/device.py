@@ -326,7 +326,7 @@ def check_bf16(device: torch.device) -> None:
 
 def check_compile(device: torch.device, backend: str) -> None:
     """Raise UserError if torch.compile has no such backend, or if it can't work on this device as things are."""
-    known = torch._dynamo.list_backends(exclude_tags=())  # type: ignore[no-untyped-call]
+    known = torch._dynamo.list_backends(exclude_tags=())
     if backend not in known:
         listed = ", ".join(torch.compiler.list_backends())
         raise UserError(

@@ -91,7 +91,9 @@ def test_auto_takes_cuda_beside_a_torch_npu_that_a_cuda_build_of_torch_would_abo
 
 
 def test_a_backend_of_torch_compile_that_does_not_exist_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match=r"^compile\.backend=indictor: .* Did you mean inductor\? There are: .*inductor"):
+    with pytest.raises(
+        UserError, match=r"^compile\.backend=indictor: .* Did you mean inductor\? There are: .*inductor"
+    ):
         device.check_compile(CPU, "indictor")
     device.check_compile(CPU, "inductor")
     device.check_compile(CPU, "eager")

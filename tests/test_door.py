@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hydra import compose
 
-from ghostnet.config import resolved
+from ghostnet.config import changes, check_same_run, resolved
 from ghostnet.door import drivers, groups, manual, overrides
 from ghostnet.door.composing import Composer
 from ghostnet.errors import ConfigError
@@ -83,6 +83,10 @@ LISTED = {
     "cards": (["device.ids=[0,1]"], ["device.ids=[0, 1]: names 2 cards, but device.count is 1."]),
     "sync_bn": (["sync_bn=true", "device=cpu"], ["sync_bn=true: torch's SyncBatchNorm needs cards."]),
     "compile": (["compile=true", "amp=apex"], ["compile=true: apex changes the model"]),
+    "compile twice": (
+        ["compile=true", "compile.backend=eager"],
+        ["compile.backend=eager: the command sets or removes"],
+    ),
     "apex": (["amp=apex"], ["amp=apex: Ascend's apex is not installed", "amp=o2 does the same"]),
     "weights": (["model.weights=no.pth"], ["model.weights=no.pth: no.pth does not exist."]),
     "baseline": (["baseline=no"], ["baseline=no: no is no result.json"]),
@@ -103,6 +107,26 @@ def test_a_fault_is_one_line_with_the_way_out_and_leaves_nothing(project: Path, 
     line, *more = told(project, QUICK, *words)
     assert all(part in line for part in parts), line
     assert len(more) == (name == "compile")  # without apex
+
+
+COMPILED = {
+    "compile=true": "inductor",
+    "compile=false": None,
+    "compile=npugraphs": "npugraphs",
+    "compile.backend=inductor": "inductor",
+    "compile.backend=null": None,
+    "seed=1": None,
+}
+
+
+@pytest.mark.parametrize(("word", "backend"), COMPILED.items())
+def test_compile_takes_a_backend_and_true_and_false_stand_for_one(word, backend) -> None:
+    (checked,) = overrides.check_command("train", [QUICK, "data=synthetic", word], multirun=False).jobs
+    assert checked["compile"] == {"backend": backend}
+    for before, named in ((False, None), (True, "inductor"), ({"backend": "eager"}, "eager")):
+        told_of = [] if named == backend else [f"compile.backend was {named}, is {backend}"]
+        assert changes(checked | {"compile": before}, checked) == told_of
+        check_same_run(checked | {"compile": before}, checked)
 
 
 MINE = """\

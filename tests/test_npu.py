@@ -266,7 +266,14 @@ def test_no_process_imports_torch_npu_beside_a_cuda_build_of_torch_which_would_a
     env = environment() | {"PYTHONPATH": path, "EMULATED_NPU_CUDA_BUILD": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
     program, own = words[:-1], words[-1]
     small = [] if "benchmark" in program[-1] else [*SHORT, f"data.root={tiny_data}"]
-    done = subprocess.run([sys.executable, *program, *small, *own.split()], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *program, *small, *own.split()],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == BESIDE_CUDA_BUILD[words], done.stderr
     assert not (tmp_path / "packages" / "torch_npu" / "imported").exists()
     said = " ".join((done.stdout + done.stderr).split())

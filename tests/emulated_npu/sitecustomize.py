@@ -1,4 +1,4 @@
-"""The stand-in goes with any build of torch, the real torch_npu with the CPU build alone: here torch tells that it is that.
+"""Any build of torch tells that it is the CPU build, the only one that the real torch_npu goes with.
 
 EMULATED_NPU_CUDA_BUILD: 1 has torch tell that it is a CUDA build.
 """
