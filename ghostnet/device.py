@@ -336,16 +336,23 @@ def check_compile(device: torch.device, backend: str) -> None:
     if device.type != "npu":
         return
     generator = os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default")
-    if backend == "inductor" and generator not in NO_TRITON and importlib.util.find_spec("triton") is None:
+    if backend == "inductor" and generator not in NO_TRITON and not _has_triton_ascend():
         raise UserError(
-            "compile=true: on NPUs torch.compile needs Triton: pip install triton-ascend. Or give "
-            "compile.backend=npugraphs, or compile=false."
+            "compile=true: on NPUs torch.compile needs Ascend's Triton, which is not installed: pip install "
+            "triton-ascend. Without it: compile=false"
         )
     if backend in GRAPHS and (ENVIRONMENT["npu"] | os.environ)["TASK_QUEUE_ENABLE"] == "2":
         raise UserError(
             f"compile.backend={backend}: NPU graphs can't be captured under TASK_QUEUE_ENABLE=2, which is set unless "
             "the shell sets it: export TASK_QUEUE_ENABLE=1."
         )
+
+
+def _has_triton_ascend() -> bool:
+    """Whether the package triton is Ascend's: others have no backend for NPUs."""
+    triton = importlib.util.find_spec("triton")
+    folders = (triton and triton.submodule_search_locations) or []
+    return any((Path(folder) / "backends" / "ascend").is_dir() for folder in folders)
 
 
 def compiler_of(device: torch.device) -> str:

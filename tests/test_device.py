@@ -99,14 +99,22 @@ def test_a_backend_of_torch_compile_that_does_not_exist_is_refused_with_the_near
     device.check_compile(CPU, "eager")
 
 
-def test_what_torch_compile_needs_on_npus_is_named_before_it_is_missed(monkeypatch):
+def test_what_torch_compile_needs_on_npus_is_named_before_it_is_missed(monkeypatch, tmp_path):
     card = SimpleNamespace(type="npu")
     for name in ("TORCHINDUCTOR_NPU_BACKEND", "TASK_QUEUE_ENABLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch._dynamo.list_backends", lambda exclude_tags: ["inductor", "npugraphs", "npugraph_ex"])
+    others = tmp_path / "triton" / "backends" / "nvidia"
+    others.mkdir(parents=True)
+    triton = SimpleNamespace(__spec__=ModuleSpec("triton", None, is_package=True))
+    triton.__spec__.submodule_search_locations.append(str(tmp_path / "triton"))
+    for module in (None, triton):
+        monkeypatch.setitem(sys.modules, "triton", module)
+        with pytest.raises(UserError, match="pip install triton-ascend"):
+            device.check_compile(card, "inductor")
+    others.with_name("ascend").mkdir()
+    device.check_compile(card, "inductor")
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(UserError, match="pip install triton-ascend"):
-        device.check_compile(card, "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_NPU_BACKEND", "dvm")
     device.check_compile(card, "inductor")
     for graphs in ("npugraphs", "npugraph_ex"):

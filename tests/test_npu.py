@@ -236,6 +236,15 @@ def test_a_card_is_set_up_with_hf32_as_asked_and_copies_of_buffers_warn_of_nothi
     assert (done.stdout.strip(), done.stderr) == (then, "")
 
 
+def test_compiling_for_cards_names_what_is_missing_before_the_data_are_read(run, tiny_data):
+    for word, way_out in (("compile=true", "pip install triton-ascend"), ("compile=npugraph", "no such backend")):
+        done = run("train.py", *SHORT, f"data.root={tiny_data}", "device=npu_1p", word, PYTHONPATH=NPU)
+        assert done.returncode == 1
+        assert way_out in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert "data  " not in done.stdout
+
+
 ABORT = """
 import os, pathlib
 if "TORCH_DEVICE_BACKEND_AUTOLOAD" in os.environ:  # which the doctor leaves out of its look at other programs
