@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -138,11 +138,11 @@ class Ranks:
         box: list[Any] = [None]
         if self.is_main:
             with waiting("what the main rank does for all", LONG):
-                box = [_packed(make())]
+                made = make()
+                box = [_packed(made)]
         with waiting("what the main rank tells", others=True):
             dist.broadcast_object_list(box, src=0)
-        value: T = _unpacked(box[0])
-        return value
+        return made if self.is_main else cast(T, _unpacked(box[0]))
 
     def mean_(self, tensor: Tensor) -> None:
         """Replace a tensor on the device by its mean over the ranks."""

@@ -189,13 +189,17 @@ import torch_npu  # by now it is loaded anyhow
 
 torch_npu.npu.utils.FIRST_GENERATION = True
 doctor.main(["device=npu_1p", "amp=bf16"])
+doctor.main(["device=npu_1p", "amp=none"])
+torch_npu.npu.utils.FIRST_GENERATION = False
+doctor.main(["device=npu_1p", "amp=none", "compile=true"])
+doctor.main(["device=npu_1p", "amp=none", "device.allow_hf32=false"])
 """
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the stand-in for torch_npu is built with g++")
 def test_cards_are_named_and_the_first_generation_is_refused_bf16():
     _, text = fresh("-c", CARDS, path=REPOSITORY / "tests" / "emulated_npu", EMULATED_NPU_COUNT="2")
-    fits, lacks, first = text.split("Would this start here?")[1:]
+    fits, lacks, first, old, new, whole = text.split("Would this start here?")[1:]
     assert "\nOK    device      2 × Ascend910B2 (2 visible), bf16\n" in fits
     assert "\nYes." in fits
     assert "\nFAIL  device      device.count=8: npu card 2, 3, 4, 5, 6, 7 is not there" in lacks
@@ -203,6 +207,10 @@ def test_cards_are_named_and_the_first_generation_is_refused_bf16():
     assert "\nOK    device      1 × Ascend910A (2 visible), no bf16, first generation" in first
     assert "\nFAIL  device      amp=bf16: Ascend910A has no bfloat16. Use amp=fp16 or amp=o2." in first
     assert "\nNo, because of 1 FAIL." in first
+    assert "first generation: an overflow saturates, SGD has no fused kernel" in first
+    hf32 = "\nOK    device      amp=none convolves in HF32, with 10-bit mantissas; device.allow_hf32=false: in "
+    assert [hf32 in each for each in (fits, old, new, whole)] == [False, False, True, False]
+    assert re.search(r"\nFAIL  device      compile=true: .* pip install triton-ascend", new)
 
 
 def test_the_page_needs_nothing_but_the_standard_library_to_say_what_is_missing():
