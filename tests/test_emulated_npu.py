@@ -44,7 +44,7 @@ def apart(body):
 
     @functools.wraps(body)
     def test():
-        result = python(__file__, body.__name__)
+        result = python(body.__code__.co_filename, body.__name__)
         assert (result.returncode, result.stderr) == (0, ""), result.stdout + result.stderr
 
     return test
