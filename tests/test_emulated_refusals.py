@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.test_emulated_npu import apart, load
+from tests.test_emulated_npu import apart, difference, load
 
 pytestmark = pytest.mark.slow
 NOT_SUPPORTED = r"\n\[ERROR\] [-:\d]+ \(PID:\d+, Device:0, RankID:-1\) ERR01007 OPS feature not supported"
@@ -61,6 +61,66 @@ def test_a_contiguous_tensor_of_1_by_1_pixels_counts_as_channels_last_and_its_gr
     large = torch.randn(2, 3, 2, 2).to("npu").requires_grad_()
     large.transpose(2, 3).contiguous().square().sum().backward()
     assert torch.equal(large.grad, 2 * large)
+
+
+def fused(kind, gradient=1.0, found_inf=None, **options):
+    """One step of a fused optimizer with two groups of two parameters: the first one after it, ops and waits."""
+    from torch_npu import counters
+
+    parameters = [nn.Parameter(torch.ones(3, device="npu")) for _ in range(4)]
+    for parameter in parameters:
+        parameter.grad = torch.full((3,), gradient, device="npu")
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
+    optimizer = getattr(torch.optim, kind)(groups, lr=0.5, fused=True, **options)
+    if found_inf is not None:
+        optimizer.grad_scale, optimizer.found_inf = (torch.full((), x, device="npu") for x in (8.0, found_inf))
+    before = counters.snapshot()
+    optimizer.step()
+    after = counters.snapshot()
+    changes = [difference(before[key], after[key]) for key in ("ops", "synchronizations")]
+    return parameters[0].tolist(), *changes
+
+
+@apart
+def test_fused_sgd_wants_momentum_and_reads_the_flag_of_an_overflow_once_per_group():
+    load()
+    for found_inf in (None, 0.0):
+        with pytest.raises(RuntimeError, match=r"^momentum must be positive, but got 0$"):
+            fused("SGD", found_inf=found_inf)
+    values, ops, waits = fused("SGD", momentum=0.9)
+    assert (values, ops["aten::_fused_sgd_"], waits) == ([0.5] * 3, 2, {})
+    for found_inf, gradient, expected in ((0.0, 8.0, 0.5), (1.0, float("inf"), 1.0)):
+        values, ops, waits = fused("SGD", gradient, found_inf, momentum=0.9)
+        assert (values, waits) == ([expected] * 3, {"aten::_local_scalar_dense": 2})
+
+
+@apart
+def test_fused_adamw_is_a_loop_that_looks_at_neither_the_scale_nor_the_flag_of_an_overflow():
+    load()
+    values, ops, waits = fused("AdamW", weight_decay=0)
+    assert (ops["aten::_fused_adamw_"], ops["aten::sub.Tensor"], waits) == (4, 4, {})
+    assert values == fused("AdamW", 1.0, found_inf=0.0, weight_decay=0)[0]  # gradients that are eight times too large
+    values, _, waits = fused("AdamW", float("inf"), found_inf=1.0)
+    assert (str(values), waits) == ("[nan, nan, nan]", {})
+
+
+@apart
+def test_a_first_generation_card_lacks_the_fused_kernels_and_loops_over_lists():
+    torch_npu = load(EMULATED_NPU_GENERATION="1")
+    pointer = NOT_SUPPORTED.replace("ERR01007 OPS feature not supported", "ERR01004 OPS invalid pointer")
+    for kind, kernel, options in (("SGD", "aclnnFusedSgd", {"momentum": 0.9}), ("AdamW", "aclnnApplyAdamWV2", {})):
+        message = f"{kernel} or {kernel}GetWorkspaceSize not in libopapi.so, or libopapi.so not found."
+        with pytest.raises(RuntimeError, match=f"^{message}{pointer}$"):
+            fused(kind, **options)
+    tensors = [torch.ones(2, device="npu") for _ in range(3)]
+    before = torch_npu.counters.snapshot()
+    torch._foreach_mul_(tensors, 2.0)
+    flag, scale = torch.zeros((), device="npu"), torch.ones((), device="npu")
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, scale)
+    after = torch_npu.counters.snapshot()
+    assert difference(before["ops"], after["ops"])["aten::_foreach_mul_.Scalar"] == 3
+    flags = {"aten::_amp_foreach_non_finite_check_and_unscale_": 1}  # of the card's overflow flag
+    assert difference(before["synchronizations"], after["synchronizations"]) == flags
 
 
 if __name__ == "__main__":

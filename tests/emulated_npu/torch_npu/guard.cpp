@@ -13,7 +13,9 @@
 #include <ATen/ops/div_ops.h>
 #include <ATen/ops/empty_like_native.h>
 #include <ATen/ops/empty_like_ops.h>
+#include <ATen/ops/item_ops.h>
 #include <ATen/ops/mul_ops.h>
+#include <ATen/ops/sub_ops.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <pthread.h>
@@ -56,12 +58,15 @@ constexpr int kMaxDevices = 64;
 
 // ------------------------------------------------------------------------------------------------ what is counted
 
+enum class Fused { kNot, kSgd, kAdamW };
+
 struct Op {  // what `run` must know of an operator, asked of its schema once
   std::string name;
   std::vector<bool> writes;  // by argument
   bool aliases = false;      // a result may be one of the arguments
   bool indexes = false;      // index, index_put_: the indices may lie on the host
   bool foreach = false;
+  Fused fused = Fused::kNot;
   bool synchronizes = false;
   bool keeps_strides = false;  // of its result, which others make in the NPU's memory format
   std::atomic<long> count{0};
@@ -355,6 +360,19 @@ std::string error(const char* code) {
 }
 constexpr char kNotSupported[] = "ERR01007 OPS feature not supported";
 
+bool first_generation() {
+  static const bool yes = [] {
+    const char* value = std::getenv("EMULATED_NPU_GENERATION");
+    return value && std::string(value) == "1";
+  }();
+  return yes;
+}
+
+void lacks_kernel(const std::string& name) {  // of CANN's, on a first-generation card
+  TORCH_CHECK(!first_generation(), name, " or ", name,
+              "GetWorkspaceSize not in libopapi.so, or libopapi.so not found.", error("ERR01004 OPS invalid pointer"));
+}
+
 bool on_npu(const Tensor& tensor) { return tensor.defined() && tensor.device().type() == kNpu; }
 
 // The same values as a tensor of another device, on a storage that shares the memory.
@@ -389,10 +407,13 @@ Op& describe(const OperatorHandle& handle) {
     op->writes.push_back(argument.alias_info() && argument.alias_info()->isWrite());
   for (const auto& result : schema.returns()) op->aliases = op->aliases || result.alias_info();
   op->foreach = schema.name().rfind("aten::_foreach_", 0) == 0;
+  if (schema.name() == "aten::_fused_sgd_") op->fused = Fused::kSgd;
+  if (schema.name() == "aten::_fused_adamw_") op->fused = Fused::kAdamW;
   for (const char* name :
        {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"})
     op->indexes = op->indexes || schema.name() == name;
-  op->synchronizes = kSynchronize.count(op->name);
+  op->synchronizes = kSynchronize.count(op->name) ||
+                     (first_generation() && op->name == "aten::_amp_foreach_non_finite_check_and_unscale_");
   op->keeps_strides = kKeepStrides.count(op->name);
   return *op;
 }
@@ -553,15 +574,42 @@ void settle_memory_format(const Op& op, IValue& value) {
   if (op.name == "aten::clone") value = IValue(c10::MemoryFormat::Contiguous);
 }
 
+double read(const Tensor& tensor) { return at::_ops::item::call(tensor).toDouble(); }  // the host waits
+
+// What the real ones of the fused optimizers make of their arguments; false where there is nothing to be done.
+bool settle_fused(Op& op, const OperatorHandle& handle, Stack* stack, size_t first) {
+  auto argument = [&](const char* name) -> IValue& {
+    return (*stack)[first + static_cast<size_t>(*handle.schema().argumentIndexWithName(name))];
+  };
+  if (op.fused == Fused::kAdamW) {  // a loop over the parameters, which looks at neither scale nor flag
+    lacks_kernel("aclnnApplyAdamWV2");
+    argument("grad_scale") = argument("found_inf") = IValue();
+    for (const Tensor& step : argument("state_steps").toTensorVector()) at::_ops::sub_Scalar::call(step, 1, 1);
+    op.count += static_cast<long>(argument("self").toListRef().size()) - 1;
+    return true;
+  }
+  if (argument("found_inf").isTensor() && read(argument("found_inf").toTensor()) == 1) return false;
+  const double momentum = argument("momentum").toDouble();
+  TORCH_CHECK(momentum > 0, "momentum must be positive, but got ", momentum);
+  lacks_kernel("aclnnFusedSgd");
+  if (argument("lr").isTensor()) read(argument("lr").toTensor());
+  return true;
+}
+
 // Any operator: the CPU's kernel on the same memory.
 void run(const OperatorHandle& handle, Stack* stack) {
   Op& op = describe(handle);
   ++op.count;
   const auto& arguments = handle.schema().arguments();
   const size_t first = stack->size() - arguments.size();
+  if (op.fused != Fused::kNot && !settle_fused(op, handle, stack, first)) {
+    torch::jit::drop(*stack, arguments.size());
+    return;
+  }
   Call call{op};
   int generator = -1;
   if (op.synchronizes) synchronization(op.name);
+  if (op.foreach && first_generation()) op.count += static_cast<long>((*stack)[first].toListRef().size()) - 1;  // a loop
   if (op.indexes && selects_by_mask(*stack, first, arguments.size())) synchronization("aten::nonzero");
   for (size_t i = 0; i < arguments.size(); ++i) {
     IValue& value = (*stack)[first + i];
