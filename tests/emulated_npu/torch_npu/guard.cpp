@@ -5,11 +5,17 @@
 // copied, so views, in-place writes and resizing are right by construction, and results equal the CPU's bit by bit.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/ops/_to_copy_native.h>
 #include <ATen/ops/bernoulli_ops.h>
+#include <ATen/ops/clone_ops.h>
+#include <ATen/ops/contiguous_ops.h>
 #include <ATen/ops/copy_ops.h>
 #include <ATen/ops/div_ops.h>
+#include <ATen/ops/empty_like_native.h>
 #include <ATen/ops/empty_like_ops.h>
+#include <ATen/ops/item_ops.h>
 #include <ATen/ops/mul_ops.h>
+#include <ATen/ops/sub_ops.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <pthread.h>
@@ -22,6 +28,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <limits>
 #include <map>
 #include <memory>
@@ -51,13 +58,17 @@ constexpr int kMaxDevices = 64;
 
 // ------------------------------------------------------------------------------------------------ what is counted
 
+enum class Fused { kNot, kSgd, kAdamW };
+
 struct Op {  // what `run` must know of an operator, asked of its schema once
   std::string name;
   std::vector<bool> writes;  // by argument
   bool aliases = false;      // a result may be one of the arguments
   bool indexes = false;      // index, index_put_: the indices may lie on the host
   bool foreach = false;
+  Fused fused = Fused::kNot;
   bool synchronizes = false;
+  bool keeps_strides = false;  // of its result, which others make in the NPU's memory format
   std::atomic<long> count{0};
 };
 
@@ -337,6 +348,31 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 // ------------------------------------------------------------------------------------------------ operators
 
+// What the real one ends its refusals with: "ERR01007 OPS feature not supported" after time and place.
+std::string error(const char* code) {
+  if (const char* compact = std::getenv("TORCH_NPU_COMPACT_ERROR_OUTPUT"); compact && *compact == '1') return "";
+  char now[32];
+  const std::time_t seconds = std::time(nullptr);
+  std::strftime(now, sizeof now, "%Y-%m-%d-%H:%M:%S", std::localtime(&seconds));
+  const char* rank = std::getenv("RANK");
+  return std::string("\n[ERROR] ") + now + " (PID:" + std::to_string(getpid()) + ", Device:" + std::to_string(current) +
+         ", RankID:" + (rank ? rank : "-1") + ") " + code;
+}
+constexpr char kNotSupported[] = "ERR01007 OPS feature not supported";
+
+bool first_generation() {
+  static const bool yes = [] {
+    const char* value = std::getenv("EMULATED_NPU_GENERATION");
+    return value && std::string(value) == "1";
+  }();
+  return yes;
+}
+
+void lacks_kernel(const std::string& name) {  // of CANN's, on a first-generation card
+  TORCH_CHECK(!first_generation(), name, " or ", name,
+              "GetWorkspaceSize not in libopapi.so, or libopapi.so not found.", error("ERR01004 OPS invalid pointer"));
+}
+
 bool on_npu(const Tensor& tensor) { return tensor.defined() && tensor.device().type() == kNpu; }
 
 // The same values as a tensor of another device, on a storage that shares the memory.
@@ -357,6 +393,9 @@ const std::set<std::string> kSynchronize{
     "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::unique_dim_consecutive",
     "aten::equal", "aten::bincount", "aten::repeat_interleave.Tensor"};
 
+// The results of all others are contiguous, whatever the strides of the arguments are.
+const std::set<std::string> kKeepStrides{"aten::clone", "aten::empty_strided", "aten::new_empty_strided"};
+
 Op& describe(const OperatorHandle& handle) {
   const c10::FunctionSchema& schema = handle.schema();
   std::lock_guard<std::mutex> lock(counters().mutex);
@@ -368,10 +407,14 @@ Op& describe(const OperatorHandle& handle) {
     op->writes.push_back(argument.alias_info() && argument.alias_info()->isWrite());
   for (const auto& result : schema.returns()) op->aliases = op->aliases || result.alias_info();
   op->foreach = schema.name().rfind("aten::_foreach_", 0) == 0;
+  if (schema.name() == "aten::_fused_sgd_") op->fused = Fused::kSgd;
+  if (schema.name() == "aten::_fused_adamw_") op->fused = Fused::kAdamW;
   for (const char* name :
        {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"})
     op->indexes = op->indexes || schema.name() == name;
-  op->synchronizes = kSynchronize.count(op->name);
+  op->synchronizes = kSynchronize.count(op->name) ||
+                     (first_generation() && op->name == "aten::_amp_foreach_non_finite_check_and_unscale_");
+  op->keeps_strides = kKeepStrides.count(op->name);
   return *op;
 }
 
@@ -444,12 +487,24 @@ struct Call {
     return storages.back().second;
   }
 
+  bool is_fresh(const c10::Storage& host) {
+    for (const Alias& alias : aliases)
+      if (host.is_alias_of(host_storage(alias.npu.storage()))) return false;
+    for (const auto& [known, card] : storages)
+      if (host.unsafeGetStorageImpl() == known) return false;
+    return true;
+  }
+
   Tensor leave(const Tensor& tensor) {
     if (!tensor.defined()) return tensor;
     if (op.aliases)
       for (const Alias& alias : aliases)
         if (alias.host.is_same(tensor)) return alias.npu;
     if (!tensor.device().is_cpu() || !tensor.has_storage()) return tensor;
+    if (!op.keeps_strides && !tensor.is_contiguous() && is_fresh(tensor.storage())) {
+      Tensor contiguous = at::_ops::contiguous::call(tensor, c10::MemoryFormat::Contiguous);
+      return dress(contiguous, on_card(contiguous.storage()));
+    }
     c10::Storage card = on_card(tensor.storage());
     if (c10::InferenceMode::is_enabled())
       for (const Alias& alias : aliases)
@@ -507,15 +562,54 @@ bool selects_by_mask(const Stack& stack, size_t first, size_t arguments) {
   return false;
 }
 
+bool is_channels_last(std::optional<c10::MemoryFormat> format) {
+  return format == c10::MemoryFormat::ChannelsLast || format == c10::MemoryFormat::ChannelsLast3d;
+}
+
+// clone takes channels_last and makes a contiguous tensor; empty refuses it.
+void settle_memory_format(const Op& op, IValue& value) {
+  if (value.isNone() || !is_channels_last(value.toMemoryFormat())) return;
+  TORCH_CHECK(op.name != "aten::empty.memory_format",
+              "Only c10::MemoryFormat::Contiguous is supported for creating a npu tensor", error(kNotSupported));
+  if (op.name == "aten::clone") value = IValue(c10::MemoryFormat::Contiguous);
+}
+
+double read(const Tensor& tensor) { return at::_ops::item::call(tensor).toDouble(); }  // the host waits
+
+// What the real ones of the fused optimizers make of their arguments; false where there is nothing to be done.
+bool settle_fused(Op& op, const OperatorHandle& handle, Stack* stack, size_t first) {
+  auto argument = [&](const char* name) -> IValue& {
+    return (*stack)[first + static_cast<size_t>(*handle.schema().argumentIndexWithName(name))];
+  };
+  if (op.fused == Fused::kAdamW) {  // a loop over the parameters, which looks at neither scale nor flag
+    lacks_kernel("aclnnApplyAdamWV2");
+    argument("grad_scale") = argument("found_inf") = IValue();
+    for (const Tensor& step : argument("state_steps").toTensorVector()) at::_ops::sub_Scalar::call(step, 1, 1);
+    op.count += static_cast<long>(argument("self").toListRef().size()) - 1;
+    return true;
+  }
+  if (argument("found_inf").isTensor() && read(argument("found_inf").toTensor()) == 1) return false;
+  const double momentum = argument("momentum").toDouble();
+  TORCH_CHECK(momentum > 0, "momentum must be positive, but got ", momentum);
+  lacks_kernel("aclnnFusedSgd");
+  if (argument("lr").isTensor()) read(argument("lr").toTensor());
+  return true;
+}
+
 // Any operator: the CPU's kernel on the same memory.
 void run(const OperatorHandle& handle, Stack* stack) {
   Op& op = describe(handle);
   ++op.count;
   const auto& arguments = handle.schema().arguments();
   const size_t first = stack->size() - arguments.size();
+  if (op.fused != Fused::kNot && !settle_fused(op, handle, stack, first)) {
+    torch::jit::drop(*stack, arguments.size());
+    return;
+  }
   Call call{op};
   int generator = -1;
   if (op.synchronizes) synchronization(op.name);
+  if (op.foreach && first_generation()) op.count += static_cast<long>((*stack)[first].toListRef().size()) - 1;  // a loop
   if (op.indexes && selects_by_mask(*stack, first, arguments.size())) synchronization("aten::nonzero");
   for (size_t i = 0; i < arguments.size(); ++i) {
     IValue& value = (*stack)[first + i];
@@ -523,6 +617,7 @@ void run(const OperatorHandle& handle, Stack* stack) {
       generator = static_cast<int>(first + i);
     if (value.isBool() && value.toBool() && arguments[i].name() == "pin_memory")
       TORCH_CHECK(false, "Only dense CPU tensors can be pinned");
+    if (arguments[i].name() == "memory_format") settle_memory_format(op, value);
     call.enter(value, op.writes[i]);
   }
   if (call.host && call.index >= 0) {
@@ -566,6 +661,29 @@ void copy_from(const OperatorHandle& handle, Stack* stack) {
   Tensor target = on_npu(to) ? to_host(to) : to;
   at::_ops::copy_::call(target, on_npu(from) ? to_host(from) : from, false);
   stack->emplace_back(std::move(to));
+}
+
+Tensor contiguous(const Tensor& self, c10::MemoryFormat format) {
+  if (self.is_contiguous(format)) return self;
+  TORCH_CHECK(format == c10::MemoryFormat::Contiguous,
+              "NPU contiguous operator only supported contiguous memory format.", error(kNotSupported));
+  return at::_ops::clone::call(self, format);
+}
+
+Tensor empty_like(
+    const Tensor& self, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+    std::optional<Device> device, std::optional<bool> pin_memory, std::optional<c10::MemoryFormat> format) {
+  if (is_channels_last(format)) format = c10::MemoryFormat::Contiguous;  // taken, and without effect
+  return at::native::empty_like(self, dtype, layout, device, pin_memory, format);
+}
+
+Tensor to_copy(
+    const Tensor& self, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+    std::optional<Device> device, std::optional<bool> pin_memory, bool non_blocking,
+    std::optional<c10::MemoryFormat> format) {
+  TORCH_CHECK(!is_channels_last(format), "Only contiguous_format or preserve_format is supported.",
+              error(kNotSupported));
+  return at::native::_to_copy(self, dtype, layout, device, pin_memory, non_blocking, format);
 }
 
 // torch has a kernel of its own for dropout on PrivateUse1, which rounds otherwise: this is the CPU's recipe.
@@ -707,9 +825,14 @@ void register_operators() {
     aten.impl((name.overload_name.empty() ? name.name : name.name + "." + name.overload_name).c_str(), boxed<&run>());
   }
   aten.impl("_copy_from", boxed<&copy_from>());
+  aten.impl("_to_copy", TORCH_FN(to_copy));
+  aten.impl("contiguous", TORCH_FN(contiguous));
+  aten.impl("empty_like", TORCH_FN(empty_like));
   aten.impl("record_stream", boxed<&nothing>());
   aten.impl("dropout", boxed<&dropout>());
-  library(kImpl, "aten", DispatchKey::AutogradPrivateUse1).impl("dropout", boxed<&dropout>());
+  auto& autograd = library(kImpl, "aten", DispatchKey::AutogradPrivateUse1);
+  autograd.impl("contiguous", torch::CppFunction::makeFallthrough());  // the clone in it is differentiated
+  autograd.impl("dropout", boxed<&dropout>());
 
   auto& autocasts = library(kImpl, "aten", DispatchKey::AutocastPrivateUse1);
   for (const char* name : kLow) autocasts.impl(name, boxed<&autocast<Cast::kLow>>());
