@@ -42,6 +42,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     import torch
 
     from ghostnet import checkpoint, engine
+    from ghostnet.data import decode
     from ghostnet.data.cache import open_cache
     from ghostnet.data.datasets import relabel
     from ghostnet.data.loader import EvalLoader, Feeder
@@ -67,6 +68,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     data = config["data"]
     with ranks.main_first():
         val_set = build(data["dataset"], "val")
+    decode.allow(data.get("max_pixels", decode.MAX_PIXELS))
     feeder = Feeder(device, data["workers"] or cpu_count(), data["image_size"])
     preprocessing, skip = build(data["preprocessing"]), data.get("on_error") == "skip"
     cache = open_cache(val_set, preprocessing, ranks) if data.get("cache_val") else None

@@ -41,7 +41,7 @@ _limit = MAX_PIXELS
 
 def allow(max_pixels: int) -> None:
     """Set how many pixels an image of this process may have: data.max_pixels."""
-    global _limit  # noqa: PLW0603 (decoding is asked for by data sets, which don't know the setting)
+    global _limit
     _limit = max_pixels
 
 
@@ -78,9 +78,17 @@ def whole(picture: Picture, target: Size) -> Array:
     return picture.cut(at_least=target if width * height > LARGE else None)
 
 
-def as_picture(found: object) -> Picture:
-    """What a data set's image() gave: a Picture, a PIL image, or uint8 pixels (H, W, 3) or grey (H, W); else TypeError."""
+def as_picture(found: object, name: str | Path) -> Picture:
+    """Take what a data set's image() gave: a Picture, a PIL image, or uint8 pixels (H, W, 3) or grey (H, W).
+
+    SampleError for a PIL image that can't be decoded, TypeError for anything else.
+    """
     if isinstance(found, Image.Image):
+        check_size(found.size, name)
+        try:
+            found.load()
+        except Exception as error:  # Pillow raises whatever a broken file leads its parsers to.
+            raise SampleError(f"{name} can't be decoded: {error or type(error).__name__}.") from None
         found = np.array(found if found.mode in ("RGB", "L") else to_rgb(found))
     if isinstance(found, np.ndarray):
         if found.dtype != np.uint8 or found.shape[2:] not in ((), (3,)) or found.ndim < 2 or not found.size:

@@ -87,9 +87,9 @@ def resample_part(pixels: Array, size: Size, box: Box, interpolation: Interpolat
 
 
 def _taps(given: int, wanted: int, start: int, stop: int, interpolation: Interpolation) -> tuple[Indices, Indices]:
-    """Which of the given places make the wanted ones from start to stop, (stop - start, taps), and 2^14 × their weights.
+    """Say which given places make the wanted ones from start to stop, (stop - start, taps), and 2^14 × their weights.
 
-    Torch's own arithmetic for bytes where something is enlarged.
+    It is torch's own arithmetic for bytes where something is enlarged.
     """
     places = np.arange(start, stop)
     if interpolation == "nearest":
@@ -115,7 +115,8 @@ def _taps(given: int, wanted: int, start: int, stop: int, interpolation: Interpo
 def _weigh(pixels: Array, rows: Indices, weights: Indices) -> Array:
     """Sums of rows (H, …) by weights, uint8 (len(rows), …)."""
     total = np.einsum("nt...,nt->n...", pixels[rows].astype(np.int64), weights)
-    return ((total + (1 << 13)) >> 14).clip(0, 255).astype(np.uint8)
+    summed: Array = ((total + (1 << 13)) >> 14).clip(0, 255).astype(np.uint8)
+    return summed
 
 
 @dataclass(frozen=True)
