@@ -49,7 +49,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.device import cpu_count, memory_format
     from ghostnet.distributed import settle
     from ghostnet.loggers import evaluation_bar
-    from ghostnet.models.weights import fit, read_file, read_weights
+    from ghostnet.models.weights import choose_weights, fit, read_file
     from ghostnet.signals import StopSignal
 
     # Checkpoint
@@ -84,14 +84,17 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     use_ema = own and saved["ema"] is not None and config["ema"] is not False
     if config["ema"] and not use_ema:
         raise ConfigError(f"ema=true, but {path} holds no moving average.")
-    weights = saved["ema" if use_ema else "model"] if own else read_weights(path)
+    weights, which = (saved["ema" if use_ema else "model"], "") if own else choose_weights(saved, path)
     if messages := fit(model, weights, path):
         raise UserError(
             f"{'; '.join(messages)}: an untrained classifier can't be evaluated. The data must have as many."
         )
     model = amp.for_evaluation(model.to(device, memory_format=memory_format(device)), device)
     if ranks.is_main:
-        print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {words}", flush=True)
+        print(
+            f"{path}{', moving average' if use_ema else ''}{which and f', {which}'}, {len(val_set):,} images, {words}",
+            flush=True,
+        )
 
     # Counts
     with evaluation_bar(sum(map(len, loader.indices)), quiet=not ranks.is_main) as advance:

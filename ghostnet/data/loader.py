@@ -238,7 +238,7 @@ class Feeder:
 
 @contextlib.contextmanager
 def named(dataset: Dataset, index: int) -> Iterator[None]:
-    """Turn an OSError inside into a SampleError that names the image, any other error into a DataError that shows it."""
+    """Turn an OSError into a SampleError that names the image, any other error into a DataError that shows it."""
     try:
         yield
     except Exception as error:
