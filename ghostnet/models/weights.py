@@ -47,7 +47,7 @@ COUNTER = "num_batches_tracked"
 HEAD = 512
 """Bytes of a file that tell what it is."""
 SHOWN = 5
-BUILTINS = ("dict", "list", "tuple", "set", "frozenset", "int", "float", "str", "bool", "bytes", "object", "slice")
+BUILTINS = ("dict", "list", "tuple", "int", "float", "str", "bool", "object", "slice", "range", "xrange", "frozenset")
 NUMPY_LETTERS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "b1": "?"}  # as the struct module names them
 
 
@@ -56,7 +56,6 @@ INERT = (
     *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath")),
     *("pathlib.PureWindowsPath", "pathlib._local.PureWindowsPath"),
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    "collections.deque",
     *("decimal.Decimal", "fractions.Fraction", "uuid.UUID", "types.SimpleNamespace", "copyreg._reconstructor"),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in BUILTINS),
     *("numpy.ndarray", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
@@ -321,6 +320,11 @@ def _plain_dict(*_: object) -> dict[Any, Any]:
     return {}
 
 
+def _plain_list(*_: object) -> list[Any]:
+    """Stands in for deque, whose items follow."""
+    return []
+
+
 def _harmless() -> list[Any]:
     """List what a published file may name beside tensors; a pair answers a name in the file with a stand-in."""
     return [
@@ -331,6 +335,7 @@ def _harmless() -> list[Any]:
         (_npu_tensor, "torch_npu.utils.storage._rebuild_npu_tensor"),
         (int, "torch_npu.npu._format.Format"),
         (_plain_dict, "collections.defaultdict"),
+        (_plain_list, "collections.deque"),
         *((_Inert, name) for name in INERT),
     ]
 
