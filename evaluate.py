@@ -42,13 +42,14 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     import torch
 
     from ghostnet import checkpoint, engine
+    from ghostnet.data import decode
     from ghostnet.data.cache import open_cache
     from ghostnet.data.datasets import relabel
     from ghostnet.data.loader import EvalLoader, Feeder
     from ghostnet.device import cpu_count, memory_format
     from ghostnet.distributed import settle
     from ghostnet.loggers import evaluation_bar
-    from ghostnet.models.weights import fit, read_file, read_weights
+    from ghostnet.models.weights import choose_weights, fit, read_file
     from ghostnet.signals import StopSignal
 
     # Checkpoint
@@ -68,6 +69,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     data = config["data"]
     with ranks.main_first():
         val_set = build(data["dataset"], "val")
+    decode.allow(data.get("max_pixels", decode.MAX_PIXELS))
     feeder = Feeder(device, data["workers"] or cpu_count(), data["image_size"])
     preprocessing, skip = build(data["preprocessing"]), data.get("on_error") == "skip"
     cache = open_cache(val_set, preprocessing, ranks) if data.get("cache_val") else None
@@ -83,14 +85,17 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     use_ema = own and saved["ema"] is not None and config["ema"] is not False
     if config["ema"] and not use_ema:
         raise ConfigError(f"ema=true, but {path} holds no moving average.")
-    weights = saved["ema" if use_ema else "model"] if own else read_weights(path)
+    weights, which = (saved["ema" if use_ema else "model"], "") if own else choose_weights(saved, path)
     if messages := fit(model, weights, path):
         raise UserError(
             f"{'; '.join(messages)}: an untrained classifier can't be evaluated. The data must have as many."
         )
     model = amp.for_evaluation(model.to(device, memory_format=memory_format(device)), device)
     if ranks.is_main:
-        print(f"{path}{', moving average' if use_ema else ''}, {len(val_set):,} images, {words}", flush=True)
+        print(
+            f"{path}{', moving average' if use_ema else ''}{which and f', {which}'}, {len(val_set):,} images, {words}",
+            flush=True,
+        )
 
     # Counts
     with evaluation_bar(sum(map(len, loader.indices)), quiet=not ranks.is_main) as advance:

@@ -50,6 +50,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     import torch
 
     from ghostnet import engine, saving
+    from ghostnet.data import decode
     from ghostnet.data.cache import open_cache
     from ghostnet.data.datasets import check_same_classes
     from ghostnet.data.loader import EvalLoader, Feeder, TrainLoader
@@ -82,6 +83,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
         train_set, val_set = build(data["dataset"], "train"), build(data["dataset"], "val")
     check_same_classes(train_set, val_set)
     threads = data["workers"] or cpu_count()
+    decode.allow(data.get("max_pixels", decode.MAX_PIXELS))
     feeders = [Feeder(device, threads, data["image_size"]) for _ in range(2)]
     skip = data.get("on_error") == "skip"
     preprocessing, augment = build(data["preprocessing"]), build(data["augment"])

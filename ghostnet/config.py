@@ -93,6 +93,7 @@ class SourceConfig:
     """The keys of the folder that is packed."""
 
     root: str
+    max_pixels: PositiveInt
 
 
 @dataclass
@@ -120,6 +121,8 @@ class DataConfig:
     on_error: Literal["raise", "skip"] = "raise"
     cache_val: bool = False
     """Runs of version 0.2 had neither."""
+    max_pixels: PositiveInt = 200_000_000
+    """Nor had runs of version 0.4 this."""
 
 
 @dataclass

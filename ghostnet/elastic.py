@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ghostnet import watchdog
 from ghostnet.distributed import STOP, Ranks, join
-from ghostnet.errors import SampleError, StorageError, UserError, explain, lost_peer
+from ghostnet.errors import DataError, SampleError, StorageError, UserError, explain, lost_peer
 
 T = TypeVar("T")
 
@@ -139,9 +139,8 @@ def _failure(rank: int, exitcode: int, report: Path) -> Exception:
         return UserError(f"rank {rank} {how}, and all others were ended.{out_of_memory}")
     if told["message"] is None:
         return RuntimeError(f"rank {rank} failed:\n{told['traceback']}")
-    return {"SampleError": SampleError, "StorageError": StorageError}.get(told["kind"], UserError)(
-        f"{who}{told['message']}"
-    )
+    kinds = {kind.__name__: kind for kind in (DataError, SampleError, StorageError)}
+    return kinds.get(told["kind"], UserError)(f"{who}{told['message']}")
 
 
 def _rank(function: Callable[[Any, Ranks], T], argument: Any, folder: Path) -> T:  # noqa: ANN401 (for the function)

@@ -13,6 +13,10 @@ class SampleError(UserError):
     """What ends a training whose state is whole, and is saved: mostly a sample of the data that can't be read."""
 
 
+class DataError(SampleError):
+    """An error in the code that gives or prepares a sample. The message holds its traceback; it is never skipped."""
+
+
 class StorageError(UserError):
     """A file of the run that can't be written: a full disk, a read-only or removed folder."""
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ghostnet import checkpoint
-from ghostnet.data.loader import TrainLoader
-from ghostnet.errors import SampleError, is_out_of_memory
+from ghostnet.data.loader import EvalLoader, TrainLoader
+from ghostnet.errors import DataError, is_out_of_memory
 from ghostnet.rescue import memory_told
 from tests.conftest import REPOSITORY, TINY, environment
 from tests.test_hostile import DAMAGED, FOLDER
@@ -115,16 +115,36 @@ def test_a_card_without_memory_tells_the_batch_size_to_try(run, tiny_data):
 
 def test_an_error_that_nobody_foresaw_names_its_picture(feeders):
     dataset = Numbered(20, wait=lambda index: 1 / (index - 7))
-    with pytest.raises(SampleError, match=r"^image 7 of Numbered can't be used: ZeroDivisionError: "):
-        list(TrainLoader(dataset, SPEC, OFF, 5, 1, feeders()).batches(0))
+    for skip in (False, True):
+        with pytest.raises(
+            DataError, match=r"(?s)^image 7 of Numbered led to an error in code.*in <lambda>.*ZeroDivis"
+        ):
+            list(TrainLoader(dataset, SPEC, OFF, 5, 1, feeders(), skip=skip).batches(0))
+        with pytest.raises(DataError, match=r"^image 7 of Numbered led to an error in code"):
+            list(EvalLoader(dataset, SPEC, 5, feeders(), skip=skip).batches())
+
+
+def test_an_os_error_of_a_data_set_is_an_image_that_is_skipped(feeders):
+    def wait(index):
+        if index == 7:
+            raise FileNotFoundError("gone")
+
+    loader = EvalLoader(Numbered(20, wait=wait), SPEC, 5, feeders(), skip=True)
+    assert sum(len(labels) for _, labels in loader.batches()) == 19
+    assert loader.skipped.news() == [
+        "image 7 of Numbered can't be used: gone. Replace or remove it, or give data.on_error=skip."
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loader_thread_that_raises_ends_the_run_with_its_picture(run, tmp_path, image_folder, ranks):
     words = [*FOLDER, f"data.root={image_folder}", "epochs=1"]
     words += ["device=cpu_2p", "data.batch_size=8"] if ranks == 2 else []
-    told = refused(run("train.py", *words, BAD_PICTURE="005.JPEG", PYTHONPATH=FAULTY))
-    assert "/005.JPEG can't be used: ZeroDivisionError: of no kind that is foreseen." in told
+    done = run("train.py", *words, "data.on_error=skip", BAD_PICTURE="005.JPEG", PYTHONPATH=FAULTY)
+    told = done.stderr
+    assert done.returncode == 1
+    assert "/005.JPEG led to an error in code, which is no fault of the file:\nTraceback" in told
+    assert "ZeroDivisionError: of no kind that is foreseen" in told
     assert "resume=auto" in told
     saved = checkpoint.load(tmp_path / "here" / "last.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())

@@ -251,7 +251,7 @@ DAMAGED = {
     "cut.jpg": encoded(torch.zeros(24, 32, 3, dtype=torch.uint8).numpy(), "JPEG")[:300],
     "noise.png": bytes(range(256)),
     "empty.jpg": b"",
-    "bomb.png": png_of_size(10_000, 10_000),
+    "bomb.png": png_of_size(20_000, 20_000),
     "scans.jpg": scans(1000),
 }
 

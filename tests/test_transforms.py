@@ -36,6 +36,7 @@ from ghostnet.data.transforms import (
     jitter,
     rand_augment,
     resample,
+    resample_part,
 )
 from ghostnet.engine import cross_entropy
 
@@ -86,6 +87,32 @@ def test_preprocessing_gives_the_pixels_of_torchvisions_resize_and_center_crop(i
         size = Resize(shorter, InterpolationMode.NEAREST)(image).size
         expected = F2.center_crop(resized(image, size[1], size[0], interpolation), [image_size, image_size])
         np.testing.assert_array_equal(ours, expected.permute(1, 2, 0).squeeze(2).numpy(), f"{width}×{height}")
+
+
+def test_a_thin_image_has_the_pixels_of_its_whole_resize_without_the_memory(monkeypatch):
+    rng, made = random.Random(0), []
+    resize = transforms.resample
+    monkeypatch.setattr(transforms, "resample", lambda *given: made.append(given[1]) or resize(*given))
+    for number in range(90):
+        short = rng.randint(1, 6)
+        sides = [short, rng.randint(9 * short, 200)][:: rng.choice([1, -1])]
+        image = pixels(picture(*sides, number, mode=rng.choice(["RGB", "L"])))
+        shorter = rng.randint(7, 40)
+        target = tuple(int(shorter * side / short) for side in sides)
+        crop = rng.randint(2, shorter)
+        left, top = (round((side - crop) / 2) for side in target)
+        for interpolation in ("nearest", "bilinear", "bicubic"):
+            expected = resize(image.array, target, interpolation)[top : top + crop, left : left + crop]
+            made.clear()
+            ours = resample_part(image.array, target, (left, top, left + crop, top + crop), interpolation)
+            np.testing.assert_array_equal(ours, expected, f"{sides} {target} {crop} {interpolation}")
+            assert max(math.prod(size) for size in made) < math.prod(target)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (1, 2_000_000)])
+def test_an_absurdly_thin_image_is_evaluated_from_its_middle(size):
+    image = Pixels(np.full(size[::-1], 120, np.uint8))
+    assert (preprocessing(224, 0.875, "bicubic")(image) == 120).all()
 
 
 @pytest.mark.parametrize(("interpolation", "off"), [("bilinear", 1), ("bicubic", 2)])

@@ -1,25 +1,34 @@
 """Published files are rebuilt here from timm's weights, bad files by hand."""
 
 import argparse
+import bz2
+import datetime
+import decimal
 import enum
+import gzip
+import io
+import lzma
 import os
+import pathlib
 import pickle
 import random
 import sys
+import tarfile
 import types
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 
 import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from ghostnet.errors import UserError
 from ghostnet.models.ghostnet import GhostNet
-from ghostnet.models.weights import load_weights, read_file, read_weights
+from ghostnet.models.weights import fit, load_weights, read_file, read_weights
 
 
 def create(name, **kwargs):
@@ -90,12 +99,17 @@ class Malicious:
         return os.system, (f"touch {self.target}",)
 
 
+def tar_of(content):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"), io.BytesIO(content))
+    return stream.getvalue()
+
+
 # Files that are read
 
 
 def test_a_model_of_another_class_takes_its_own_weights_and_no_others():
-    from ghostnet.models.weights import fit
-
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     assert fit(model, other.state_dict(), "own.pt") == []
     assert torch.equal(model.weight, other.weight)
@@ -150,6 +164,104 @@ def test_our_checkpoint_gives_its_averaged_weights_where_it_has_them(averaged, p
     raw = {name: torch.zeros_like(value) for name, value in published.items()}
     torch.save({"format": "ghostnet-torch", "model": raw, "ema": published if averaged else None, "step": 3}, path)
     assert_same(read_weights(path), published if averaged else raw)
+
+
+def prefixed(weights, prefix):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: prefixed(w, "_orig_mod."),
+        lambda w: prefixed(w, "module._orig_mod."),
+        lambda w: prefixed(w, "module.module."),
+        lambda w: {
+            name.replace("blocks.", "blocks.module.").replace("conv_stem", "conv_stem._orig_mod"): w[name] for name in w
+        },
+        lambda w: {"n_averaged": torch.tensor(9), **prefixed(w, "module.")},
+        lambda w: {"state_dict": prefixed(w, "net."), "pytorch-lightning_version": "2.4.0"},
+        lambda w: {"state_dict": prefixed(w, "model.backbone._orig_mod.")},
+        lambda w: {name: value for name, value in w.items() if "num_batches" not in name},
+        lambda w: defaultdict(list, w),
+        *(lambda w, key=key: {key: w, "epoch": 3} for key in ("params", "model_state_dict", "net", "model_ema")),
+        lambda w: {"params_ema": w, "params": {"a": torch.zeros(1)}},
+        lambda w: {"ema": {"module": w}},
+    ],
+)
+def test_weights_as_others_wrap_and_name_them_are_loaded(change, published, path):
+    torch.save(change(published), path)
+    model = GhostNet(width=0.5)
+    load_weights(model, path)
+    loaded = model.state_dict()
+    assert loaded.keys() == published.keys()
+    assert all(torch.equal(loaded[name], published[name]) for name in published if "num_batches" not in name)
+
+
+def test_a_model_whose_own_names_look_like_wrappers_takes_its_own_weights():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    model = Mine()
+    for names in ("module.", "net.module.", ""):
+        weights = {names + name: torch.full_like(value, 7) for name, value in model.module.state_dict().items()}
+        assert fit(model, weights, "x.pt") == []
+        assert (model.module.weight == 7).all()
+
+
+def test_of_several_weights_it_is_said_which_were_taken(published, path):
+    zeros = {name: torch.zeros_like(value) for name, value in published.items()}
+    torch.save({"model": zeros, "model_ema": {"n_averaged": torch.tensor(3), **prefixed(published, "module.")}}, path)
+    model = GhostNet(width=0.5)
+    assert load_weights(model, path) == [f"{path}: weights of model_ema, which are averaged; not taken: model"]
+    assert_same(model.state_dict(), published)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_and_change_nothing(number, published, path):
+    bad = published | {"bn1.weight": published["bn1.weight"].clone().fill_(number)}
+    torch.save(bad, path)
+    model = GhostNet(width=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert f"{path}: bn1.weight holds NaN or infinite numbers" in complaint(load_weights, model, path)
+    assert_same(model.state_dict(), before)
+
+
+BESIDE = {
+    "pathlib": {"out": pathlib.PurePosixPath("/a"), "here": pathlib.Path("b"), "there": pathlib.PureWindowsPath("c:/")},
+    "datetime": [datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC), datetime.date(2024, 1, 2), datetime.timedelta(3)],
+    "omegaconf": OmegaConf.create({"a": [1, 2.5, {"b": "x"}], "c": None, "d": True, "e": "${c}"}),
+    "structured omegaconf": OmegaConf.create({"a": {"b": [1]}}, flags={"readonly": True}),
+    "argparse": argparse.Namespace(path=pathlib.Path("a"), when=datetime.date(2024, 1, 2)),
+    "collections": [defaultdict(list, a=[1]), Counter("aab"), deque([1, 2]), OrderedDict(a=1)],
+    "default of a dict": defaultdict(dict, {1: {2: 3}}),
+    "numpy": {
+        "matrix": np.eye(3),
+        "names": np.array(["a", "b"]),
+        "scalar": np.float32(1),
+        "order": np.zeros((2, 3), order="F"),
+    },
+    "plain": [
+        {1, 2},
+        frozenset([3]),
+        slice(1, 2),
+        decimal.Decimal("1.5"),
+        types.SimpleNamespace(a=1),
+        1 + 2j,
+        range(3),
+    ],
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_harmless_things_beside_the_weights_are_passed_over(name, legacy, published, path):
+    torch.save(
+        {"state_dict": published, "hyper_parameters": BESIDE[name]}, path, _use_new_zipfile_serialization=not legacy
+    )
+    assert_same(read_weights(path), published)
 
 
 def test_safetensors_under_the_name_of_a_pth_are_read(published, tmp_path):
@@ -290,7 +402,32 @@ def test_a_zip_of_something_else_is_no_checkpoint(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("letter.txt", "hello")
     message = complaint(read_file, path)
-    assert message.startswith(f"{path} is truncated, damaged or no checkpoint: download or copy it again")
+    assert message == f"{path} is no checkpoint but a zip archive: unpack it (it holds letter.txt)"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html>\n<html>404</html>", "an HTML page: download the file itself"),
+        (b"\n<html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n", "a pointer of Git LFS: git lfs pull"),
+        (gzip.compress(b"weights"), "a gzip archive: unpack it"),
+        (lzma.compress(b"weights"), "an xz archive: unpack it"),
+        (bz2.compress(b"weights"), "a bzip2 archive: unpack it"),
+        (tar_of(b"weights"), "a tar archive: unpack it"),
+    ],
+    ids=["page", "page after a blank line", "LFS", "gzip", "xz", "bzip2", "tar"],
+)
+def test_what_is_mistaken_for_a_checkpoint_is_called_what_it_is(content, words, path):
+    path.write_bytes(content)
+    assert complaint(read_weights, path).startswith(f"{path} is no checkpoint but {words}")
+
+
+def test_a_torchscript_program_is_called_so(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("linear/data.pkl", "linear/code/__torch__.py"):
+            archive.writestr(name, "")
+    assert "is no checkpoint but a TorchScript program" in complaint(read_weights, path)
 
 
 def test_a_file_cut_anywhere_is_called_truncated(published, path, tmp_path):

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+from PIL import Image
 
-from ghostnet.data.decode import Picture, Pixels, picture
+from ghostnet.data.decode import Array, Picture, Pixels, picture
 from ghostnet.data.index import FileIndex, cache_folder
 from ghostnet.data.tars import LARGEST_IMAGE
 from ghostnet.errors import SampleError, UserError
@@ -39,8 +40,11 @@ class Dataset(Protocol):
     """Names of the classes; a label is an index into them."""
     labels: Labels
 
-    def image(self, index: int) -> Picture:
-        """The picture, decoded or not; SampleError names a file that can't be read."""
+    def image(self, index: int) -> Picture | Image.Image | Array:
+        """The image, decoded or not: a Picture, a PIL image, or uint8 pixels (H, W, 3) or grey (H, W).
+
+        SampleError names a file that can't be read.
+        """
         ...
 
     def __len__(self) -> int: ...

@@ -3,7 +3,7 @@
 import io
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import simplejpeg
@@ -21,13 +21,28 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 COLOURS = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "GRAY"}
 """What a JPEG may hold for libjpeg-turbo to decode it, and as what; the rest is Pillow's."""
 
+MAX_PIXELS = 200_000_000
+"""The default of data.max_pixels: cameras of phones give up to 200 megapixels. An RGB image takes 3 bytes a pixel."""
+LARGE = 1 << 26
+"""Pixels above which evaluation takes a JPEG coarser than it is; ImageNet has none."""
+PNG = b"\x89PNG\r\n\x1a\n"
+METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""The chunks of a PNG that nobody reads here, and that may unpack to any size."""
+
 MOST_SCANS = 200
 """Of a JPEG: progressive ones have about ten. Each goes over all pixels, for a few bytes in the file."""
 
-# Pillow warns of odd metadata, which nobody reads here (JPEGs of ImageNet itself have broken EXIF), and no more than
-# warns of a picture that is up to twice as large as it allows.
+# Pillow warns of odd metadata, which nobody reads here (JPEGs of ImageNet itself have broken EXIF).
 warnings.filterwarnings("ignore", module="PIL")
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = None  # data.max_pixels is the limit, and the error names it
+
+_limit = MAX_PIXELS
+
+
+def allow(max_pixels: int) -> None:
+    """Set how many pixels an image of this process may have: data.max_pixels."""
+    global _limit
+    _limit = max_pixels
 
 
 class Picture(Protocol):
@@ -55,6 +70,35 @@ class Pixels:
         """A view of the box, as fine as it is."""
         left, top, right, bottom = box or (0, 0, *self.size)
         return self.array[top:bottom, left:right]
+
+
+def whole(picture: Picture, target: Size) -> Array:
+    """All pixels of an image that will be resized to target: as fine as they are, unless it is LARGE."""
+    width, height = picture.size
+    return picture.cut(at_least=target if width * height > LARGE else None)
+
+
+def as_picture(found: object, name: str | Path) -> Picture:
+    """Take what a data set's image() gave: a Picture, a PIL image, or uint8 pixels (H, W, 3) or grey (H, W).
+
+    SampleError for a PIL image that can't be decoded, TypeError for anything else.
+    """
+    if isinstance(found, Image.Image):
+        check_size(found.size, name)
+        try:
+            found.load()
+        except Exception as error:  # Pillow raises whatever a broken file leads its parsers to.
+            raise SampleError(f"{name} can't be decoded: {error or type(error).__name__}.") from None
+        found = np.array(found if found.mode in ("RGB", "L") else to_rgb(found))
+    if isinstance(found, np.ndarray):
+        if found.dtype != np.uint8 or found.shape[2:] not in ((), (3,)) or found.ndim < 2 or not found.size:
+            raise TypeError(
+                f"image() gave an array {found.shape} of {found.dtype}: uint8 (H, W, 3), or (H, W) for grey, is needed"
+            )
+        return Pixels(found)
+    if not hasattr(found, "cut"):
+        raise TypeError(f"image() gave a {type(found).__name__}: a PIL image or a numpy array is needed")
+    return cast("Picture", found)
 
 
 class Jpeg:
@@ -106,8 +150,8 @@ def picture(data: bytes, name: str | Path) -> Picture:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
             return by_pillow(data, name)
-        # Larger ones are for Pillow to refuse.
-        if colours in COLOURS and 0 < width * height <= (Image.MAX_IMAGE_PIXELS or 0):
+        check_size((width, height), name)
+        if colours in COLOURS and width * height:
             return Jpeg(data, name, (width, height), COLOURS[colours])
     return by_pillow(data, name)
 
@@ -115,11 +159,14 @@ def picture(data: bytes, name: str | Path) -> Picture:
 def by_pillow(data: bytes, name: str | Path) -> Pixels:
     """A picture in any of the formats, decoded by Pillow; SampleError names what can't be read."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
+        check_size(image.size, name)
         image.load()
         # Colours that metadata declare transparent would make the conversion warn or fail.
         image.info.clear()
         return Pixels(np.array(image if image.mode in ("RGB", "L") else to_rgb(image)))
+    except SampleError:
+        raise
     except UnidentifiedImageError:
         raise SampleError(
             f"{name} is {'empty' if not data else 'no JPEG, PNG or WebP'}. Replace or remove it."
@@ -127,6 +174,28 @@ def by_pillow(data: bytes, name: str | Path) -> Pixels:
     except Exception as error:  # Pillow raises whatever a broken file leads its parsers to.
         fault = str(error) or type(error).__name__
         raise SampleError(f"{name} can't be decoded: {fault}. Replace or remove it.") from None
+
+
+def check_size(size: Size, name: str | Path) -> None:
+    """SampleError for an image of more pixels than data.max_pixels."""
+    if size[0] * size[1] > _limit:
+        raise SampleError(
+            f"{name} has {size[0]:,} × {size[1]:,} pixels, more than data.max_pixels={_limit}. "
+            "Give a higher data.max_pixels, or replace or remove it."
+        )
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile: Pillow would unpack them, and refuses those of more than 1 MiB."""
+    if not data.startswith(PNG) or not any(kind in data for kind in METADATA):
+        return data
+    kept, start = [PNG], len(PNG)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")  # length, kind, content, checksum
+        if data[start + 4 : start + 8] not in METADATA:
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

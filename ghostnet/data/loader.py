@@ -3,6 +3,7 @@
 import contextlib
 import math
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from ghostnet.data.cache import PictureCache
 from ghostnet.data.datasets import Dataset, Labels
-from ghostnet.data.decode import Array
+from ghostnet.data.decode import Array, Picture, as_picture
 from ghostnet.data.transforms import Augment, Preprocessing
 from ghostnet.device import copy_to, pinned
 from ghostnet.distributed import ALONE, Ranks
-from ghostnet.errors import SampleError, UserError, is_out_of_memory
+from ghostnet.errors import DataError, SampleError, UserError, is_out_of_memory
 from ghostnet.seeding import fold_in, rewound, sample_rng
 from ghostnet.watchdog import waiting
 
@@ -103,9 +104,10 @@ class TrainLoader:
             for left in reversed(range(TRIES)):
                 try:
                     with named(self.dataset, index):
-                        return self.augment(self.dataset.image(index), rng, self.preprocessing, out), index
+                        image = image_of(self.dataset, index)
+                        return self.augment(image, rng, self.preprocessing, out), index
                 except SampleError as error:
-                    if not self.skip or not left:
+                    if not self.skip or not left or isinstance(error, DataError):
                         raise
                     self.skipped.faults[index] = str(error)
                     index = fold_in(seed, "instead", epoch, index) % len(self.dataset)
@@ -143,9 +145,9 @@ class EvalLoader:
                 return out, index
             try:
                 with named(self.dataset, index):
-                    place(self.preprocessing(self.dataset.image(index)), out)
+                    place(self.preprocessing(image_of(self.dataset, index)), out)
             except SampleError as error:
-                if not self.skip:
+                if not self.skip or isinstance(error, DataError):
                     raise
                 self.skipped.faults[index] = str(error)
                 return None
@@ -236,17 +238,31 @@ class Feeder:
 
 @contextlib.contextmanager
 def named(dataset: Dataset, index: int) -> Iterator[None]:
-    """Whatever else a picture leads to, inside a thread, is a SampleError that names it, as one that can't be read."""
+    """Turn an OSError into a SampleError that names the image, any other error into a DataError that shows it."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        path = getattr(dataset, "path", None)
-        name = path(index) if path else f"image {index} of {type(dataset).__name__}"
-        raise SampleError(
-            f"{name} can't be used: {type(error).__name__}: {error}. Replace or remove it, or give data.on_error=skip."
+        name = name_of(dataset, index)
+        if isinstance(error, OSError):  # Pillow's errors of what it can't decode are of this kind too
+            raise SampleError(
+                f"{name} can't be used: {error}. Replace or remove it, or give data.on_error=skip."
+            ) from error
+        raise DataError(
+            f"{name} led to an error in code, which is no fault of the file:\n{traceback.format_exc().rstrip()}\n"
         ) from error
+
+
+def image_of(dataset: Dataset, index: int) -> Picture:
+    """The image of a data set, whichever of its forms image() gives it in."""
+    return as_picture(dataset.image(index), name_of(dataset, index))
+
+
+def name_of(dataset: Dataset, index: int) -> str:
+    """The image's file, or its place in a data set that has none."""
+    path = getattr(dataset, "path", None)
+    return str(path(index)) if path else f"image {index} of {type(dataset).__name__}"
 
 
 def place(picture: Array, out: Array) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ghostnet.data.decode import Array, Box, Picture, Size
+from ghostnet.data.decode import Array, Box, Picture, Size, whole
 from ghostnet.device import images_at_once
 from ghostnet.schema import (
     Magnitude,
@@ -31,6 +31,10 @@ from ghostnet.seeding import fold_in
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 
+Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+THIN = 8
+"""Long to short side of a resized image, above which no more of it is made than is needed."""
 LUMA = torch.tensor([19595.0, 38470.0, 7471.0])
 """Of red, green and blue, in 65536ths."""
 
@@ -62,6 +66,59 @@ def _planes(pixels: Array) -> Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1)[None] if pixels.ndim == 3 else pixels[None, None])
 
 
+def resample_part(pixels: Array, size: Size, box: Box, interpolation: Interpolation) -> Array:
+    """The box of what resample(pixels, size) would give, to the last bit; of thin images without making the rest.
+
+    One of 1 × 20,000 px whose shorter side becomes 256 px would have 256 × 5,120,000.
+    """
+    left, top, right, bottom = box
+    height, width = pixels.shape[:2]
+    # Where an image is enlarged so far, a few of its rows or columns make the whole box.
+    if size[1] > THIN * size[0] and size[1] > height:
+        rows, weights = _taps(height, size[1], top, bottom, interpolation)
+        across = resample(pixels[rows.min() : rows.max() + 1], (size[0], int(np.ptp(rows)) + 1), interpolation)
+        return _weigh(across[:, left:right], rows - rows.min(), weights)
+    if size[0] > THIN * size[1] and size[0] > width:
+        columns, weights = _taps(width, size[0], left, right, interpolation)
+        part = pixels[:, columns.min() : columns.max() + 1].swapaxes(0, 1)
+        across = np.ascontiguousarray(_weigh(part, columns - columns.min(), weights).swapaxes(0, 1))
+        return resample(across, (right - left, size[1]), interpolation)[top:bottom]
+    return resample(pixels, size, interpolation)[top:bottom, left:right]
+
+
+def _taps(given: int, wanted: int, start: int, stop: int, interpolation: Interpolation) -> tuple[Indices, Indices]:
+    """Say which given places make the wanted ones from start to stop, (stop - start, taps), and 2^14 × their weights.
+
+    It is torch's own arithmetic for bytes where something is enlarged.
+    """
+    places = np.arange(start, stop)
+    if interpolation == "nearest":
+        scale = np.float32(given) / np.float32(wanted)
+        nearest = np.floor(((places + 0.5) * np.float64(scale)).astype(np.float32)).astype(np.int64)
+        return nearest.clip(0, given - 1)[:, None], np.full((len(places), 1), 1 << 14)
+    support = 1 if interpolation == "bilinear" else 2
+    centres = given / wanted * (places + 0.5)
+    first = np.maximum((centres - support + 0.5).astype(np.int64), 0)
+    last = np.minimum((centres + support + 0.5).astype(np.int64), given)
+    taps = first[:, None] + np.arange(2 * support + 1)
+    x = np.abs(taps - centres[:, None] + 0.5)
+    if interpolation == "bilinear":
+        weights = np.where(x < 1, 1 - x, 0)
+    else:
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((x - 5) * x + 8) * x * -0.5 + 2
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    weights = np.where(taps < last[:, None], weights, 0)
+    weights /= weights.sum(1, keepdims=True)
+    return taps.clip(0, given - 1), np.trunc(weights * (1 << 14) + np.copysign(0.5, weights)).astype(np.int64)
+
+
+def _weigh(pixels: Array, rows: Indices, weights: Indices) -> Array:
+    """Sums of rows (H, …) by weights, uint8 (len(rows), …)."""
+    total = np.einsum("nt...,nt->n...", pixels[rows].astype(np.int64), weights)
+    summed: Array = ((total + (1 << 13)) >> 14).clip(0, 255).astype(np.uint8)
+    return summed
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How a picture becomes the model's input, in evaluation, prediction and export. Stored with every checkpoint."""
@@ -90,10 +147,10 @@ class Preprocessing:
         shorter = math.floor(size / self.crop)
         # Multiplied, divided, then truncated as torchvision's Resize does, so that both evaluate the same pixels.
         target = int(shorter * width / min(picture.size)), int(shorter * height / min(picture.size))
-        # As fine as it is: published accuracies were measured so.
-        image = resample(picture.cut(), target, self.interpolation)
         left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
-        return image[top : top + size, left : left + size]
+        # As fine as it is: published accuracies were measured so.
+        pixels = whole(picture, target)
+        return resample_part(pixels, target, (left, top, left + size, top + size), self.interpolation)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Uint8 (N, S, S, 3) on any device -> normalised fp32 (N, 3, S, S); channels_last in memory."""

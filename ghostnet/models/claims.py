@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from ghostnet.errors import UserError
+
 LONGEST_HEADER = 16 << 20
 """Bytes of safetensors' JSON, and of a pickle without its tensors: of GhostNet's thousand tensors it is 0.2 MB."""
 MOST_PARTS = 1_000_000
@@ -40,6 +42,19 @@ def check_stored(file: IO[bytes], size: int) -> None:
         raise ValueError("its parts are compressed, as whoever writes such a file never does")
     if (claimed := sum(part.file_size for part in parts)) > size:
         raise ValueError(f"its parts claim {claimed:,} bytes of {size:,}")
+
+
+def check_is_torchs(file: IO[bytes]) -> None:
+    """UserError for a zip that torch.save did not write."""
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    if any(name.partition("/")[2].startswith("code/") for name in names):
+        raise UserError(
+            f"{file.name} is no checkpoint but a TorchScript program: save its state_dict() with torch.save"
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        held = ", ".join(names[:3]) + (", …" if names[3:] else "")
+        raise UserError(f"{file.name} is no checkpoint but a zip archive: unpack it (it holds {held or 'nothing'})")
 
 
 def check_zip(file: IO[bytes], size: int) -> None:

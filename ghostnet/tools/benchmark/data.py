@@ -44,8 +44,10 @@ def _write(dataset: Any, place: Path) -> None:  # noqa: ANN401 (any data set)
     """Its pictures as PNG files, the classes in their order."""
     from PIL import Image
 
+    from ghostnet.data.loader import image_of
+
     for label in range(len(dataset.classes)):
         (place / f"{label:04}").mkdir(parents=True)
     for index, label in enumerate(dataset.labels.tolist()):
-        image = Image.fromarray(dataset.image(index).cut())
+        image = Image.fromarray(image_of(dataset, index).cut())
         image.save(place / f"{label:04}" / f"{index:07}.png", compress_level=1)

@@ -125,6 +125,7 @@ def quality(spec: dict[str, Any]) -> Metrics:
 
     from ghostnet.config import build
     from ghostnet.data.decode import by_pillow, coarser, shrinkage
+    from ghostnet.data.loader import image_of
     from ghostnet.data.transforms import resample
     from ghostnet.seeding import sample_rng
 
@@ -133,7 +134,7 @@ def quality(spec: dict[str, Any]) -> Metrics:
     kind = Image.Resampling[augment.interpolation.upper()]
     count, ratios = min(PICTURES, len(dataset)), []
     for index in (position * len(dataset) // count for position in range(count)):
-        picture = dataset.image(index)
+        picture: Any = image_of(dataset, index)
         box = augment.crop_box(picture.size, sample_rng(seed, 0, index))
         got = resample(picture.cut(box, (side, side)), (side, side), augment.interpolation)
         whole = by_pillow(picture.data, picture.name) if hasattr(picture, "data") else picture

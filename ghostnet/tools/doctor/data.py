@@ -50,8 +50,10 @@ def images(case: Case) -> Findings:
     from rich.progress import track
 
     from ghostnet import watchdog
+    from ghostnet.data import decode
     from ghostnet.device import cpu_count
 
+    decode.allow(case.cfg["data"].get("max_pixels", decode.MAX_PIXELS))
     chosen: list[tuple[Any, int]] = []
     for split in (case.train, case.val):
         count = len(split) if case.images is None else min(len(split), max(1, case.images // 2))
@@ -79,10 +81,11 @@ def images(case: Case) -> Findings:
 
 def unreadable(split: Any, index: int) -> str | None:  # noqa: ANN401 (any data set)
     """Why an image of a data set can't be read, None where it can."""
+    from ghostnet.data.loader import image_of
     from ghostnet.errors import UserError
 
     try:
-        split.image(index).cut()
+        image_of(split, index).cut()
     except UserError as error:
         return str(error)
     except Exception as error:

@@ -48,6 +48,7 @@ def pack(cfg: Config) -> None:
 
 
 def _pack(cfg: Config) -> None:
+    from ghostnet.data import decode
     from ghostnet.data.datasets import ImageFolder, check_same_classes
     from ghostnet.data.shards import CLASSES, indexed, write_whole
     from ghostnet.device import cpu_count
@@ -57,6 +58,7 @@ def _pack(cfg: Config) -> None:
     out = Path(cfg["out"]).expanduser()
     settings = plan.Settings(cfg["size"], cfg["quality"], cfg["shard_mb"])
     threads = cfg["workers"] or cpu_count()
+    decode.allow(cfg["data"]["max_pixels"])
     sources = {split: ImageFolder(split, cfg["data"]["root"]) for split in plan.SPLITS}  # type: ignore[arg-type]
     check_same_classes(sources["train"], sources["val"])
     state = plan.begin(out, sources, settings)

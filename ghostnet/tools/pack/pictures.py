@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ghostnet.data.decode import picture
+from ghostnet.data.decode import picture, whole
 from ghostnet.errors import SampleError
 
 
@@ -20,13 +20,16 @@ def packed(path: Path, size: int | None, quality: int) -> tuple[bytes, int]:
         data = path.read_bytes()
     except OSError as error:
         raise SampleError(f"{path} can't be read: {error.strerror}.") from None
-    image = Image.fromarray(picture(data, path).cut())
-    shorter = min(image.size)
+    source = picture(data, path)
+    (width, height), shorter = source.size, min(source.size)
     if size is not None and shorter > size:
-        target = int(size * image.width / shorter), int(size * image.height / shorter)
-        image = image.resize(target, Image.Resampling.BICUBIC)
+        target = int(size * width / shorter), int(size * height / shorter)
+        image = Image.fromarray(whole(source, target)).resize(target, Image.Resampling.BICUBIC)
     elif _is_plain_jpeg(data):
+        source.cut()  # what can't be decoded is not packed
         return data, len(data)
+    else:
+        image = Image.fromarray(source.cut())
     stream = io.BytesIO()
     try:
         image.save(stream, "JPEG", quality=quality)
