@@ -61,7 +61,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.loop import Cadence, Loop
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
-    from ghostnet.optim import Timeline, scaled_lr
+    from ghostnet.optim import Timeline, fused_sgd_note, scaled_lr
     from ghostnet.seeding import seed_init
     from ghostnet.signals import StopSignal
     from ghostnet.wandb.artifact import located
@@ -126,6 +126,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
         check_sync_bn(device)
         model = synchronized(model, ranks)
     optimizer = amp.initialize(model, lambda named: build(cfg["optim"] | {"lr": peak}, named), device)
+    if note := fused_sgd_note(cfg["optim"], device):
+        console.say(f"note    {note}")
     schedule = build(cfg["schedule"], Timeline(peak, cfg["epochs"], steps_per_epoch))
     epochs = cfg["epochs"] + cfg["schedule"]["cooldown_epochs"]
     total_steps = epochs * steps_per_epoch

@@ -6,93 +6,19 @@ The loop calls forward, backward and step, and never asks which one it has.
 import copy
 import importlib
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ghostnet.device import apex_options, check_bf16, grad_scaler, half_dtype
+from ghostnet.device import apex_options, check_bf16, half_dtype
 from ghostnet.errors import UserError
+from ghostnet.loss_scale import LossScale, Scale, update
 from ghostnet.models.fold import folded
 from ghostnet.models.ghostnet import GhostNet
-from ghostnet.optim import step_unless
-from ghostnet.schema import Positive
 
 MakeOptimizer = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
-LossScale = Positive | Literal["dynamic"]
-
-
-class Scale:
-    """The loss scale: a number that is never checked, or dynamic, by the GradScaler that suits the device.
-
-    Dynamic: from 2^16, halved on overflow, whose update is skipped; doubled after 2000 clean steps, up to 2^24. The
-    device is not waited for, but with optimizers that are not fused: torch's GradScaler reads whether to skip theirs.
-    """
-
-    LARGEST = 2.0**24
-
-    def __init__(self, loss_scale: LossScale) -> None:
-        self.number = None if loss_scale == "dynamic" else float(loss_scale)
-        self.scaler: Any = None
-
-    def start(self, device: torch.device) -> None:
-        """Once, before the first step."""
-        if self.number is None:
-            self.scaler = grad_scaler(device)
-
-    def scaled(self, loss: Tensor) -> Tensor:
-        """Loss × scale."""
-        scaled: Tensor = loss * self.number if self.number is not None else self.scaler.scale(loss)
-        return scaled
-
-    def unscale(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
-        """Divide the gradients of the optimizer's parameters by the scale."""
-        if self.number is None:
-            self.scaler.unscale_(optimizer)
-        elif gradients := [p.grad for p in parameters if p.grad is not None]:
-            torch._foreach_div_(gradients, self.number)
-
-    def step(self, optimizer: Optimizer, bad: Tensor | None) -> None:
-        """Update, or skip the update where a dynamic scale was too large, and move that scale.
-
-        bad: as of Amp.update(); a dynamic scale sees by itself what a bad loss makes of the gradients.
-        """
-        if self.number is None:
-            self.scaler.step(optimizer)
-            self.scaler.update()
-            self.scaler._scale.clamp_(max=self.LARGEST)
-        else:
-            _update(optimizer, bad)
-
-    def now(self) -> float | None:
-        """A dynamic scale as it is; waits for the device."""
-        return None if self.number is not None else float(self.scaler.get_scale())
-
-    def suspicion(self, dtype: torch.dtype) -> str:
-        """Whether this may be why a loss is not finite, in a sentence."""
-        if dtype == torch.bfloat16:
-            return "computes in bfloat16 here, which reaches as far as float32, and is hardly the cause"
-        if self.number is None:
-            return "may be the cause: no loss scale helps activations beyond 65,504, where float16 ends"
-        return f"may be the cause: float16 ends at 65,504, and a loss scale of {self.number:g} is never checked"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of a dynamic scale."""
-        return self.scaler.state_dict() if self.number is None else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a dynamic scale; a number stays, and a run that had one starts a new scale."""
-        if self.number is None and state:
-            # The GradScalers of torch and torch_npu keep the same under the same names, but for torch_npu's `dynamic`.
-            self.scaler.load_state_dict(self.scaler.state_dict() | state)
-
-
-def _update(optimizer: Optimizer, bad: Tensor | None) -> None:
-    if bad is None:
-        optimizer.step()
-    else:
-        step_unless(bad, optimizer)
 
 
 class Amp:
@@ -138,7 +64,7 @@ class Amp:
 
     def update(self, optimizer: Optimizer, bad: Tensor | None = None) -> None:
         """Update the weights and drop the gradients; bad: a flag on the device, where it is true nothing is updated."""
-        _update(optimizer, bad)
+        update(optimizer, bad)
         optimizer.zero_grad()
 
     def put_back(self) -> None:
@@ -303,18 +229,29 @@ class O2(Amp):
     @torch.no_grad()
     def gradients(self, optimizer: Optimizer, clip_grad_norm: float | None) -> Tensor:
         """Gradients to the masters, unscale, clip."""
+        full, half = [], []
         for parameter, master in self.pairs:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is None:
+                master.grad = None
+                continue
+            master.grad = torch.empty_like(master) if master.grad is None else master.grad
+            full.append(master.grad)
+            half.append(parameter.grad)
             parameter.grad = None
+        if full:
+            torch._foreach_copy_(full, half)
         self.loss_scale.unscale(optimizer, self.parameters)
         return self._clip(self.parameters, clip_grad_norm)
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer, bad: Tensor | None = None) -> None:
-        """Update the masters, copy them back."""
+        """Update the masters, copy them back; the memory of the masters' gradients is kept for the next step."""
         self.loss_scale.step(optimizer, bad)
         self._copy_back()
+        gradients = [master.grad for _, master in self.pairs]
         optimizer.zero_grad()
+        for (_, master), gradient in zip(self.pairs, gradients, strict=True):
+            master.grad = gradient
 
     def scale(self) -> float | None:
         """The dynamic loss scale as it is."""

@@ -370,30 +370,6 @@ def check_sync_bn(device: torch.device) -> None:
         raise UserError("sync_bn=true: torch's SyncBatchNorm needs cards. Give sync_bn=false, or a device with cards.")
 
 
-def grad_scaler(device: torch.device) -> Any:  # noqa: ANN401 (torch's GradScaler or one of the same methods)
-    """A dynamic loss scale that starts at 2^16.
-
-    First-generation Ascend cards saturate: an overflow leaves no infinity behind, only a flag of the card, which
-    torch_npu's own GradScaler reads (and waits for) and agrees on over the ranks.
-    """
-    if not saturates(device):
-        return torch.amp.GradScaler(device.type)
-    module = _module(device.type)
-
-    class Scaler(module.amp.GradScaler):  # type: ignore[misc, name-defined]
-        def step(self, optimizer: Any) -> Any:  # noqa: ANN401 (as torch has it)
-            # torch_npu passes itself on to a fused step, which torch's optimizers don't take.
-            optimizer._step_supports_amp_scaling = False
-            with contextlib.redirect_stdout(None):  # it prints every overflow, on every rank
-                return super().step(optimizer)
-
-        def update(self, *scale: Any) -> None:  # noqa: ANN401 (as torch has it)
-            with contextlib.redirect_stdout(None):
-                super().update(*scale)
-
-    return Scaler()
-
-
 def saturates(device: torch.device) -> bool:
     """Whether an overflow becomes the largest number instead of infinity, as on first-generation Ascend cards."""
     if device.type != "npu":
@@ -401,6 +377,52 @@ def saturates(device: torch.device) -> bool:
     import torch_npu
 
     return not torch_npu.npu.utils.is_support_inf_nan()
+
+
+def clear_overflow(device: torch.device) -> None:
+    """Lower the flag that an overflow raises on a card that saturates; the host does not wait."""
+    import torch_npu
+
+    torch_npu.npu_clear_float_status(torch.zeros(8, device=device))
+
+
+def overflowed(device: torch.device) -> Tensor:
+    """Return 1.0, on the device, if the flag of an overflow is raised on any rank's card, else 0.0; nobody waits."""
+    import torch_npu
+
+    status = torch_npu.npu_get_float_status(torch.zeros(8, device=device))
+    found: Tensor = (status[0] != 0).float()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found
+
+
+def no_fused_sgd(device: torch.device, momentum: float) -> str | None:
+    """Return why torch's fused SGD can't be used on a device, None if it can."""
+    if device.type != "npu":
+        return None
+    if saturates(device):
+        return f"{describe(device)} has no kernel for it"
+    return None if momentum else "its kernel for NPUs wants a momentum"
+
+
+def npu_fused_sgd_class(device: torch.device) -> Any:  # noqa: ANN401 (a class of torch_npu's)
+    """Return torch_npu's NpuFusedSGD; UserError on other devices."""
+    if device.type != "npu":
+        raise UserError(f"optim=npu_fused_sgd is torch_npu's and needs NPUs, not {device.type}. Give optim=fused_sgd.")
+    import torch_npu.optim
+
+    return torch_npu.optim.NpuFusedSGD
+
+
+def fused_adamw(device: torch.device) -> bool:
+    """Whether torch's fused AdamW is one kernel: on NPUs it is a loop over the parameters, or missing."""
+    return device.type != "npu"
+
+
+def fused_step_skips(device: torch.device) -> bool:
+    """Whether a fused optimizer's kernel looks at the flag of an overflow by itself: on NPUs the host reads it."""
+    return device.type != "npu"
 
 
 def apex_options(device: torch.device) -> dict[str, Any]:
@@ -424,7 +446,7 @@ def lacks_kernels(device: torch.device) -> bool:
 
 
 def computes_again(device: torch.device) -> bool:
-    """Whether the backward pass computes cheap convolutions again, not to keep their results: where memory is slow."""
+    """Whether the backward pass computes cheap values again rather than keep them: not on cards, with fast memory."""
     return device.type == "cpu"
 
 

@@ -1,6 +1,7 @@
 """The loop: train() and evaluate() over a TrainState."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,10 @@ class TrainState:
     meter: LossMeter = field(init=False)
     speed: Speedometer = field(init=False)
     watch: Watch = field(init=False)
+    passes: list[int] = field(default_factory=lambda: [0, 0], init=False)
+    """Forward passes of a step, and those of steps that were given up since the state was last read."""
+    forgotten: int = field(default=0, init=False)
+    """Skipped steps whose forward passes are no longer counted in BatchNorm's num_batches_tracked."""
 
     def __post_init__(self) -> None:
         self.parallel = self.ranks.parallel(self.model, self.device)
@@ -89,11 +94,23 @@ class TrainState:
         finally:
             _write(kept, own)
 
+    @torch.no_grad()
+    def _forget_passes(self) -> None:
+        """Take the forward passes of steps that were given up or skipped out of BatchNorm's num_batches_tracked."""
+        skipped = self.watch.skipped()
+        wrong = self.passes[1] + (skipped - self.forgotten) * self.passes[0]
+        self.passes[1], self.forgotten = 0, skipped
+        for norm in self.model.modules() if wrong else ():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight.requires_grad:
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked -= wrong
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it; no random state, since randomness is a function of seed, epoch and step."""
+        self._forget_passes()
         return {
             "model": self.amp.weights(self.model),
-            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "amp": self.amp.state_dict(),
             "meter": self.meter.state_dict(),
@@ -139,6 +156,7 @@ class TrainState:
         self.speed.load_state_dict(state["speed"])
         if "watch" in state:  # which runs of version 0.3 had not
             self.watch.load_state_dict(state["watch"])
+            self.passes[1], self.forgotten = 0, self.watch.skipped()
             self.rewinds = list(state["rewinds"])
 
     def is_finite(self) -> bool:
@@ -194,6 +212,7 @@ def train(state: TrainState, loader: TrainLoader, recipe: Recipe, stop: StopSign
     batches = loader.batches(epoch, start * recipe.accumulate, here, len(state.rewinds))
     state.parallel.train()
     state.speed.resume()
+    weights = state.amp.weights(state.model) if state.ema else {}
     try:
         for _ in range(start, per_epoch):
             state.speed.begin()
@@ -201,7 +220,7 @@ def train(state: TrainState, loader: TrainLoader, recipe: Recipe, stop: StopSign
             state.step += 1
             state.speed.step(images_per_step, waits, reductions)
             if state.ema:
-                state.ema.update(state.amp.weights(state.model), state.step, left_out)
+                state.ema.update(weights, state.step, left_out)
             yield state.step
     finally:
         batches.close()  # type: ignore[attr-defined]
@@ -216,9 +235,12 @@ def _update(
     """
     waits: list[Span] = []
     reductions: list[Span] = []
-    total = torch.zeros((), device=state.device)
+    losses: list[Tensor] = []
     skips, seed = state.watch.skips, rewound(recipe.seed, len(state.rewinds))
-    statistics = Kept(state.model.buffers()) if recipe.accumulate > 1 or skips else None
+    statistics = None
+    if recipe.accumulate > 1 or skips:
+        statistics = Kept(buffer for buffer in state.model.buffers() if buffer.is_floating_point())
+    state.passes[0] = recipe.accumulate
     for part in range(recipe.accumulate):
         before, error = mark(state.device), None
         try:
@@ -231,6 +253,7 @@ def _update(
             # This step never was: BatchNorm and the loss scale have seen its first batches already.
             if statistics:
                 statistics.put_back()
+            state.passes[1] += part
             state.amp.put_back()
             raise
         waits.append((before, mark(state.device)))
@@ -241,23 +264,23 @@ def _update(
         is_last = part == recipe.accumulate - 1
         with nullcontext() if is_last else local_gradients(state.parallel):
             loss = cross_entropy(state.amp.forward(state.parallel, images), labels, mixed, recipe.label_smoothing)
-            loss = loss / recipe.accumulate
+            loss = loss / recipe.accumulate if recipe.accumulate > 1 else loss
             # It ends once the other ranks have sent their gradients.
             with waiting("the other ranks' gradients", others=True) if state.ranks.reduction else nullcontext():
                 state.amp.backward(state.watch.spread(loss))
         if is_last and state.ranks.reduction:
             reductions.append((state.ranks.reduction.ready, mark(state.device)))
-        total += loss.detach()
+        losses.append(loss.detach())
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.schedule(state.step)
+    total = functools.reduce(torch.add, losses)
     norm = state.amp.gradients(state.optimizer, recipe.clip_grad_norm)
     bad = state.watch.look(state.step + 1, total, norm, state.amp.dynamic, state.ranks)
-    left_out = bad if skips else None
-    state.amp.update(state.optimizer, left_out)
-    if statistics and left_out is not None:
-        statistics.put_back(left_out)
-    state.meter.add(total, left_out)
-    return waits, reductions, left_out
+    state.amp.update(state.optimizer, bad)
+    if statistics and bad is not None:
+        statistics.put_back(bad)
+    state.meter.add(total, bad)
+    return waits, reductions, bad
 
 
 def compile_step(state: TrainState, recipe: Recipe, batch_size: int, image_size: int, backend: str) -> float:

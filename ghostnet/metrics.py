@@ -16,12 +16,13 @@ class LossMeter:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, device=device)
         """Of the losses, and of the steps that were left out."""
+        self.total = self.sums[0]
         self.count = 0
 
     def add(self, loss: Tensor, left_out: Tensor | None = None) -> None:
         """Add the detached scalar loss of one step; left_out: a flag on the device, where it is true the step isn't."""
         if left_out is None:
-            self.sums[0] += loss
+            self.total += loss
         else:
             self.sums += torch.stack([torch.where(left_out, 0.0, loss), left_out.to(loss.dtype)])
         self.count += 1

@@ -47,6 +47,10 @@ class Watch:
         """The first bad step; bad ones, of skipped ones those in a row; all that were skipped."""
         self.seen = torch.zeros(2, device=device)
         """Loss and gradients' norm of that first one."""
+        self.first: Faults | None = None
+        """The first bad step, if none is skipped."""
+        self.unread: list[tuple[int, Tensor, Tensor, bool]] = []
+        """If none is skipped: step, loss, gradients' norm and whether that doesn't count, of the steps since read()."""
 
     def spread(self, loss: Tensor) -> Tensor:
         """The loss to take gradients of: of a bad one that is to be skipped they are NaN, so that all ranks see it.
@@ -55,34 +59,51 @@ class Watch:
         """
         return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan) if self.skips else loss
 
-    def look(self, step: int, loss: Tensor, gradients: Tensor, dynamic: bool, ranks: Ranks = ALONE) -> Tensor:
-        """Note a step, counted from 1, before its update -> whether it is bad, a flag on the device.
+    def look(self, step: int, loss: Tensor, gradients: Tensor, dynamic: bool, ranks: Ranks = ALONE) -> Tensor | None:
+        """Note a step, counted from 1, before its update.
 
-        dynamic: gradients that overflow are the loss scale's affair. All ranks call it.
+        Returns a flag on the device, true if the step is to be skipped; None if no step is ever skipped. dynamic:
+        gradients that overflow are the loss scale's affair. All ranks call it.
         """
+        if not self.skips:
+            # Nothing is computed: the host looks at the numbers when it reads.
+            self.unread.append((step, loss, gradients, dynamic))
+            return None
         values = torch.stack([loss, gradients.to(loss)])
-        bad = ~(values[:1] if dynamic else values).isfinite().all()
-        if self.skips:
-            bad = ranks.any(bad)
+        bad = ranks.any(~(values[:1] if dynamic else values).isfinite().all())
         first, in_a_row, skipped = self.counts
         new = bad & (in_a_row == 0)
         self.seen = torch.where(new, values, self.seen)
-        good = torch.zeros_like(in_a_row) if self.skips else in_a_row
-        counts = [torch.where(new, step, first), torch.where(bad, in_a_row + 1, good), skipped + bad]
+        counts = [torch.where(new, step, first), torch.where(bad, in_a_row + 1, 0), skipped + bad]
         self.counts = torch.stack(counts)
         return bad
 
+    def skipped(self) -> int:
+        """Count the steps that were skipped so far; waits for the device if any can be."""
+        return int(self.counts[2]) if self.skips else 0
+
     def read(self, ranks: Ranks = ALONE) -> Faults:
         """What became of the steps so far. Waits for the device; all ranks call it."""
-        first, in_a_row, skipped = self.counts.tolist()
-        loss, gradients = self.seen.tolist() if in_a_row else (0.0, 0.0)
         if self.skips:
+            first, in_a_row, skipped = self.counts.tolist()
+            loss, gradients = self.seen.tolist() if in_a_row else (0.0, 0.0)
             found = Faults(first if in_a_row else NONE, loss, gradients, in_a_row, skipped)
         else:
-            found = Faults(first, loss, gradients, 0, 0)
+            self.first = self.first or self._first_bad()
+            found = self.first or Faults(NONE, 0.0, 0.0, 0, 0)
         # The worst of the first: a loss that is bad is one rank's at first, its gradients are everyone's.
         met = [faults for faults in ranks.gather(found) if faults.step]
         return min(met, key=lambda faults: (faults.step, math.isfinite(faults.loss))) if met else found
+
+    def _first_bad(self) -> Faults | None:
+        steps, self.unread = self.unread, []
+        if not steps:
+            return None
+        values = torch.stack([value.float() for _, loss, norm, _ in steps for value in (loss, norm)]).view(-1, 2)
+        for (step, _, _, dynamic), (loss, norm) in zip(steps, values.tolist(), strict=True):
+            if not math.isfinite(loss) or not (dynamic or math.isfinite(norm)):
+                return Faults(step, loss, norm, 0, 0)
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it: one is saved of good weights only, but they may have been kept by skipping."""
@@ -90,5 +111,6 @@ class Watch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting."""
+        self.first, self.unread = None, []
         self.counts = torch.tensor(state["counts"], dtype=torch.int64, device=self.device)
         self.seen = torch.full_like(self.seen, math.nan)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ghostnet.device import fused_adamw, fused_step_skips, no_fused_sgd, npu_fused_sgd_class
 from ghostnet.schema import Fraction, FractionPair, NonNegative, NonNegativeInt, Positive, PositiveInt
 
 NamedParameters = Iterable[tuple[str, Tensor]]
@@ -49,15 +50,46 @@ def sgd(
 def fused_sgd(
     named: NamedParameters, /, lr: Positive, momentum: Fraction, weight_decay: NonNegative, nesterov: bool
 ) -> Optimizer:
-    """The same, one kernel for the whole update: what the reference calls npufusedsgd."""
+    """The same, one kernel for the whole update; a device that has none computes as sgd does (see fused_sgd_note)."""
+    named = list(named)
+    device = device_of(named)
+    if no_fused_sgd(device, momentum):
+        return sgd(named, lr, momentum, weight_decay, nesterov)
     groups = parameter_groups(named, weight_decay)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    optimizer._step_supports_amp_scaling = fused_step_skips(device)
     if momentum:
         # torch makes the buffers in the first step, and leaves them unwritten where an overflow skips that step.
         for group in groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def fused_sgd_note(optim: dict[str, Any], device: torch.device) -> str | None:
+    """Return what is to be said of the optimizer of a config if it is not the one that was asked for."""
+    if not optim["_target_"].endswith(".fused_sgd"):
+        return None
+    reason = no_fused_sgd(device, optim["momentum"])
+    return f"optim=fused_sgd: {reason}; computed as optim=sgd, which is the same but for rounding" if reason else None
+
+
+def npu_fused_sgd(
+    named: NamedParameters, /, lr: Positive, momentum: Fraction, weight_decay: NonNegative, nesterov: bool
+) -> Optimizer:
+    """torch_npu's NpuFusedSGD, which the reference uses: parameters, gradients and momentum in one piece each.
+
+    UserError on other devices than NPUs.
+    """
+    named = list(named)
+    make = npu_fused_sgd_class(device_of(named))
+    optimizer: Optimizer = make(parameter_groups(named, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov)
+    return optimizer
+
+
+def device_of(named: NamedParameters) -> torch.device:
+    """The device of the parameters."""
+    return next((parameter.device for _, parameter in named), torch.device("cpu"))
 
 
 def rmsprop(
@@ -77,11 +109,13 @@ def rmsprop(
 def adamw(
     named: NamedParameters, /, lr: Positive, betas: FractionPair, weight_decay: NonNegative, eps: Positive
 ) -> Optimizer:
-    """AdamW (arXiv 1711.05101), fused; betas: two numbers in [0, 1)."""
+    """AdamW (arXiv 1711.05101), fused if the device has a kernel for that; betas: two numbers in [0, 1)."""
     if len(betas) != 2:
         raise ValueError(f"betas must be two numbers, not {betas}")
+    named = list(named)
+    fused = True if fused_adamw(device_of(named)) else None
     groups = parameter_groups(named, weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
 class Kept:
@@ -138,6 +172,8 @@ def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     own = optimizer.state_dict()["param_groups"]
     groups = [mine | {"lr": group["lr"]} for mine, group in zip(own, saved["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    if hasattr(optimizer, "is_states_combined"):
+        optimizer.is_states_combined = False  # NpuFusedSGD joins the new moments anew
     # Fused kernels walk through memory and don't see strides: a card's moments may lie in another order than ours.
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ghostnet import optim
 from ghostnet.amp import O2, Amp, Apex, Bf16, Fp16
-from ghostnet.device import grad_scaler
 from ghostnet.errors import UserError
+from ghostnet.loss_scale import grad_scaler
 from ghostnet.models.ghostnet import STAGES, GhostNet, freeze_backbone
 
 CPU = torch.device("cpu")
@@ -207,7 +207,7 @@ def test_o2_with_a_dynamic_scale_skips_a_step_that_overflows_and_halves_the_scal
 
 def test_o2_doubles_a_dynamic_scale_after_so_many_clean_steps_in_a_row(monkeypatch):
     assert grad_scaler(CPU).get_growth_interval() == 2000
-    monkeypatch.setattr("ghostnet.amp.grad_scaler", lambda device: scaler(growth_interval=2))
+    monkeypatch.setattr("ghostnet.loss_scale.grad_scaler", lambda device: scaler(growth_interval=2))
     amp = O2("dynamic")
     actual = train(amp, 7, overflow={1})
     expected, scale = o2_by_hand(7, "dynamic", overflow={1}, interval=2)
@@ -218,7 +218,7 @@ def test_o2_doubles_a_dynamic_scale_after_so_many_clean_steps_in_a_row(monkeypat
 
 
 def test_o2_never_takes_a_dynamic_scale_beyond_2_to_the_24(monkeypatch):
-    monkeypatch.setattr("ghostnet.amp.grad_scaler", lambda device: scaler(growth_interval=1))
+    monkeypatch.setattr("ghostnet.loss_scale.grad_scaler", lambda device: scaler(growth_interval=1))
     amp = O2("dynamic")
     train(amp, 12, frozen=True)
     assert amp.state_dict()["scale"] == 2.0**24

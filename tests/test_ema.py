@@ -43,7 +43,7 @@ def test_the_average_follows_parameters_and_buffers_by_the_formula(make, decay):
         for name, value in amp.weights(model).items():
             expected[name] += weight * (value.double() - expected[name])
     expected["1.num_batches_tracked"] = torch.tensor(6)
-    torch.testing.assert_close(dict(ema.module.state_dict()), expected, rtol=1e-5, atol=1e-7, check_dtype=False)
+    torch.testing.assert_close(dict(ema.state_dict()), expected, rtol=1e-5, atol=1e-7, check_dtype=False)
     for name in ("0.weight", "4.bias", "1.running_var"):
         assert not torch.equal(ema.module.state_dict()[name], amp.weights(model)[name]), name
 

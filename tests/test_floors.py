@@ -13,6 +13,7 @@ FLOORS = [
     {"door.conflicts", "door.origins"},
     {"device", "seeding", "seal"},
     {"distributed", "models", "optim", "ema"},
+    {"loss_scale"},
     {"data", "amp", "metrics", "nonfinite", "checkpoint", "loggers", "signals", "elastic", "wandb.recorder"},
     {"wandb.process", "wandb.artifact"},
     {"engine", "wandb.logger"},

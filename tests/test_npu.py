@@ -173,12 +173,12 @@ def test_jobs_at_once_have_cards_of_their_own(run, tmp_path, tiny_data):
 
 OVERFLOW = """
 import math, torch, ghostnet
-from ghostnet import device, optim
+from ghostnet import device, loss_scale, optim
 assert device.choose("npu") == ("npu", "as asked")
 card = device.resolve("npu")
 weight = torch.ones(3, device=card, requires_grad=True)
 optimizer = optim.fused_sgd([("weight", weight)], lr=1.0, momentum=0.9, weight_decay=0.0, nesterov=False)
-scaler = device.grad_scaler(card)
+scaler = loss_scale.grad_scaler(card)
 for factor in (math.inf, 1.0):
     scaler.scale(weight.sum() * factor).backward()
     scaler.unscale_(optimizer)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +23,46 @@ def round_channels(channels: float) -> int:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d, trained by rows where that is faster. (N, C, H, W) -> (N, C, H, W)."""
+    """nn.BatchNorm2d, trained by rows where that is faster. (N, C, H, W) -> (N, C, H, W).
+
+    It counts its batches on the host and brings num_batches_tracked up to date when its state is read: on a card that
+    tensor would cost every layer a launch in every step.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.uncounted = 0
+        """Batches since num_batches_tracked was brought up to date."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise, and follow the statistics in train mode."""
-        narrow = x.shape[1] < NARROW and x.shape[3] > 1 and is_channels_last(x)
-        by_rows = self.training and narrow and self.momentum is not None and lacks_kernels(x.device)
-        if not by_rows or torch.compiler.is_compiling():
+        if not self.training or torch.compiler.is_compiling():
             return super().forward(x)
-        assert self.num_batches_tracked is not None
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
+        self.uncounted += 1
+        if not (lacks_kernels(x.device) and x.shape[1] < NARROW and x.shape[3] > 1 and is_channels_last(x)):
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+            )
         out: Tensor
         out, mean, variance = RowNorm.apply(x, self.weight, self.bias, self.eps)
         count = x.numel() / x.shape[1]
-        self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         return out
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        assert self.num_batches_tracked is not None
+        if self.uncounted:
+            self.num_batches_tracked += self.uncounted
+            self.uncounted = 0
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # noqa: ANN401 (as torch has them)
+        self.uncounted = 0
+        super()._load_from_state_dict(*args)
 
 
 class Depthwise(nn.Conv2d):
@@ -133,6 +155,14 @@ class Ghost(nn.Module):
 
     def forward(self, x: Tensor, make_x: Callable[[], Tensor] | None = None) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W). make_x: makes x again, so that it need not be kept."""
+        if computes_again(x.device):
+            return self._sparing_memory(x, make_x)
+        primary = self.primary_conv(x)
+        cheap = self.cheap_operation(primary)
+        return torch.cat((primary, F.relu(cheap, inplace=True) if self.relu else cheap), dim=1)
+
+    def _sparing_memory(self, x: Tensor, make_x: Callable[[], Tensor] | None) -> Tensor:
+        """Compute the same, but keep for the backward pass only what is slower to compute again than to keep."""
         (conv, norm, act), (cheap, cheap_norm, _) = self.primary_conv, self.cheap_operation
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(cheap, nn.Conv2d)
@@ -154,10 +184,9 @@ class Ghost(nn.Module):
             remake(x, make_x)
         if self.relu:
             remake(primary, make_primary)
-        if computes_again(x.device):
-            remake(cheap_rough, again(cheap, make_primary, cheap_rough.dtype))
-            if conv.in_channels <= NARROW:
-                remake(rough, again(conv, make_x or (lambda: kept_x), rough.dtype))
+        remake(cheap_rough, again(cheap, make_primary, cheap_rough.dtype))
+        if conv.in_channels <= NARROW:
+            remake(rough, again(conv, make_x or (lambda: kept_x), rough.dtype))
         return both
 
 

@@ -14,14 +14,16 @@ the host wait for a real card is counted.  The modules:
 - `counters`: what ran, in this process (`snapshot()`, `mark(name)`) or in a report at its end.
 - `npu`: the module `torch.npu`, with `npu.utils` and `npu.amp`.
 - `distributed`: the process group `hccl`, over gloo.
+- `_float_status`: the flag that an overflow raises on a first-generation card.
+- `optim`: NpuFusedSGD.
 - `_sync_batch_norm`: the kernels under torch.nn.SyncBatchNorm, which the CPU lacks.
 
 Environment variables:
 
 - EMULATED_NPU_COUNT: cards, 2 by default.  0 is a driver without a card: is_available() is False, and so is everything
   that pins memory refused, as by the real one.
-- EMULATED_NPU_GENERATION: 1 is an Ascend910A, without bf16 and without inf and NaN as far as torch_npu tells (the
-  numbers themselves don't saturate); anything else an Ascend910B2.
+- EMULATED_NPU_GENERATION: 1 is an Ascend910A: no bf16, no fused optimizers, lists of tensors in loops, and an overflow
+  leaves the largest number, NaN leaves 0, and both raise the card's flag. Anything else is an Ascend910B2.
 - EMULATED_NPU_MEMORY: MiB of a card; what goes beyond is refused in the real one's words.  Unlimited by default.
 - EMULATED_NPU_CANN: 0 is a machine without CANN, where the import fails.
 - EMULATED_NPU_REPORT: a folder, where each process leaves `<pid>.json` with its counters when it exits.
@@ -29,7 +31,7 @@ Environment variables:
 - EMULATED_NPU_CACHE: where the built library lies, a folder of the user's in the temporary one by default.
 - CXX: the compiler, g++ by default.
 
-Not emulated: asynchrony, saturation, what the card's dtypes lack, its layouts, HF32, and its speed.
+Not emulated: asynchrony, what the card's dtypes lack, its layouts, HF32, and its speed.
 """
 
 import os
@@ -47,7 +49,8 @@ from torch_npu import _runtime  # noqa: E402
 _runtime.library.emulated_npu_register()
 torch.utils.rename_privateuse1_backend("npu")
 
-from torch_npu import _sync_batch_norm, counters, distributed, npu  # noqa: E402
+from torch_npu import _sync_batch_norm, counters, distributed, npu, optim  # noqa: E402
+from torch_npu._float_status import npu_clear_float_status, npu_get_float_status  # noqa: E402
 from torch_npu.version import __version__  # noqa: E402
 
 torch._register_device_module("npu", npu)
@@ -57,7 +60,15 @@ _sync_batch_norm.register()
 distributed.register()
 counters.report_at_exit()
 
-__all__ = ["__version__", "counters", "distributed", "npu"]
+__all__ = [
+    "__version__",
+    "counters",
+    "distributed",
+    "npu",
+    "npu_clear_float_status",
+    "npu_get_float_status",
+    "optim",
+]
 
 
 def _autoload():

@@ -6,6 +6,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/ops/_to_copy_native.h>
+#include <ATen/ops/all_ops.h>
 #include <ATen/ops/bernoulli_ops.h>
 #include <ATen/ops/clone_ops.h>
 #include <ATen/ops/contiguous_ops.h>
@@ -13,8 +14,11 @@
 #include <ATen/ops/div_ops.h>
 #include <ATen/ops/empty_like_native.h>
 #include <ATen/ops/empty_like_ops.h>
+#include <ATen/ops/fill_ops.h>
+#include <ATen/ops/isfinite_ops.h>
 #include <ATen/ops/item_ops.h>
 #include <ATen/ops/mul_ops.h>
+#include <ATen/ops/nan_to_num_ops.h>
 #include <ATen/ops/sub_ops.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -24,6 +28,7 @@
 #include <torch/library.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -69,6 +74,8 @@ struct Op {  // what `run` must know of an operator, asked of its schema once
   Fused fused = Fused::kNot;
   bool synchronizes = false;
   bool keeps_strides = false;  // of its result, which others make in the NPU's memory format
+  bool computes = true;        // and does not only allocate or view
+  bool unscales = false;       // asks for the flag of an overflow on a first-generation card
   std::atomic<long> count{0};
 };
 
@@ -415,6 +422,9 @@ Op& describe(const OperatorHandle& handle) {
   op->synchronizes = kSynchronize.count(op->name) ||
                      (first_generation() && op->name == "aten::_amp_foreach_non_finite_check_and_unscale_");
   op->keeps_strides = kKeepStrides.count(op->name);
+  op->unscales = op->name == "aten::_amp_foreach_non_finite_check_and_unscale_";
+  const bool writes = std::find(op->writes.begin(), op->writes.end(), true) != op->writes.end();
+  op->computes = op->name.find("empty") == std::string::npos && op->name != "aten::resize_" && (writes || !op->aliases);
   return *op;
 }
 
@@ -596,6 +606,22 @@ bool settle_fused(Op& op, const OperatorHandle& handle, Stack* stack, size_t fir
   return true;
 }
 
+std::atomic<bool> overflow{false};  // of a first-generation card, raised by what saturates
+
+// What a first-generation card leaves of numbers that are not finite: the largest number, and 0 for NaN.
+void saturate(const Tensor& tensor) {
+  if (!tensor.defined() || !tensor.is_floating_point() || !tensor.numel()) return;
+  if (at::_ops::all::call(at::_ops::isfinite::call(tensor)).item<bool>()) return;
+  overflow = true;
+  at::_ops::nan_to_num_::call(const_cast<Tensor&>(tensor), 0.0, std::nullopt, std::nullopt);
+}
+
+void saturate(const IValue& value) {
+  if (value.isTensor()) saturate(value.toTensor());
+  if (value.isTensorList())
+    for (const Tensor& tensor : value.toTensorVector()) saturate(tensor);
+}
+
 // Any operator: the CPU's kernel on the same memory.
 void run(const OperatorHandle& handle, Stack* stack) {
   Op& op = describe(handle);
@@ -635,7 +661,15 @@ void run(const OperatorHandle& handle, Stack* stack) {
   }
   {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const std::optional<Tensor> found =
+        op.unscales && first_generation() ? std::optional((*stack)[first + 1].toTensor()) : std::nullopt;
     handle.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+    if (found && overflow.exchange(false)) at::_ops::fill__Scalar::call(const_cast<Tensor&>(*found), 1.0);
+    if (op.computes && first_generation()) {
+      for (const auto& alias : call.aliases)
+        if (alias.written) saturate(alias.host);
+      for (size_t i = stack->size() - handle.schema().returns().size(); i < stack->size(); ++i) saturate((*stack)[i]);
+    }
   }
   call.write_back();
   for (size_t i = stack->size() - handle.schema().returns().size(); i < stack->size(); ++i) call.leave((*stack)[i]);
@@ -713,6 +747,16 @@ void nothing(const OperatorHandle& handle, Stack* stack) {
 void host(const OperatorHandle&, Stack* stack) {
   Tensor tensor = torch::jit::pop(*stack).toTensor();
   stack->emplace_back(on_npu(tensor) ? to_host(tensor) : tensor);
+}
+// ::change_data_ptr(Tensor, Tensor from, int index): the storage of one lies in that of another, from an element on.
+void change_data_ptr(const OperatorHandle&, Stack* stack) {
+  const int64_t index = torch::jit::pop(*stack).toInt();
+  Tensor from = torch::jit::pop(*stack).toTensor(), tensor = torch::jit::pop(*stack).toTensor();
+  auto* storage = tensor.storage().unsafeGetStorageImpl();
+  char* data = static_cast<char*>(from.storage().mutable_data()) + index * static_cast<int64_t>(from.element_size());
+  auto* kept = new c10::Storage(from.storage());
+  storage->set_data_ptr_noswap(
+      c10::DataPtr(data, kept, [](void* pointer) { delete static_cast<c10::Storage*>(pointer); }, storage->device()));
 }
 void card(const OperatorHandle&, Stack* stack) {
   const auto index = static_cast<DeviceIndex>(torch::jit::pop(*stack).toInt());
@@ -843,6 +887,7 @@ void register_operators() {
   auto& own_ops = library(torch::Library::FRAGMENT, "emulated_npu", std::nullopt);
   own_ops.def("host(Tensor tensor) -> Tensor", boxed<&host>());
   own_ops.def("card(Tensor tensor, int index) -> Tensor", boxed<&card>());
+  own_ops.def("change_data_ptr(Tensor tensor, Tensor source, int index) -> ()", boxed<&change_data_ptr>());
 }
 
 Guard guard;
@@ -877,6 +922,8 @@ int emulated_npu_count() { return count(); }
 int emulated_npu_initialized() { return initialized && !forked; }
 int emulated_npu_forked() { return forked; }
 void emulated_npu_initialize() { initialized = true; }
+int emulated_npu_overflow() { return overflow; }
+void emulated_npu_clear_overflow() { overflow = false; }
 void emulated_npu_hand_out_defaults(int yes) { hand_out_defaults = yes; }
 long emulated_npu_allocated(int index) { return allocated[index]; }
 long emulated_npu_peak(int index) { return peak[index]; }
