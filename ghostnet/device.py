@@ -219,7 +219,7 @@ def describe(device: torch.device) -> str:
     if device.type != "cpu":
         return str(_module(device.type).get_device_name(device))
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
@@ -249,7 +249,11 @@ def cpus_near(device: torch.device) -> set[int]:
     """The CPUs of this process on the card's side of the machine; all where that can't be told."""
     near: set[int] = set()
     with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):
-        near = _cpu_list((_pci_folder(device) / "local_cpulist").read_text()) if device.type != "cpu" else set()
+        near = (
+            _cpu_list((_pci_folder(device) / "local_cpulist").read_text(encoding="utf-8"))
+            if device.type != "cpu"
+            else set()
+        )
     return near & cpus() or cpus()
 
 
@@ -263,7 +267,7 @@ def _pci_folder(device: torch.device) -> Path:
     number = int(visible.split(",")[index]) if visible else index
 
     def reads(folder: Path, name: str) -> str:
-        return (folder / name).read_text().strip()
+        return (folder / name).read_text(encoding="utf-8").strip()
 
     huawei = [folder for folder in sorted(PCI.iterdir()) if reads(folder, "vendor") == HUAWEI]
     return [folder for folder in huawei if reads(folder, "class").startswith(ACCELERATOR)][number]

@@ -11,7 +11,8 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ghostnet import interrupts, starters
 from ghostnet.device import (
     BACKENDS,
     Kind,
@@ -65,7 +67,7 @@ class Ranks:
     """Among those of this machine."""
     local_size: int = 1
     starter: str = ""
-    """torchrun, srun, or launch: our own launcher."""
+    """One of starters.started_by(), or launch: our own launcher."""
     store: Any = None
     """Where the ranks met, before there are roads between them."""
     turn: Iterator[int] = field(default_factory=itertools.count)
@@ -94,7 +96,7 @@ class Ranks:
         if self.is_main:
             self.store.set(key, pickle.dumps(job))
             return job
-        self.store.wait([key], TIMEOUT)
+        _interruptible(lambda: self.store.wait([key], TIMEOUT))
         received: T | None = pickle.loads(self.store.get(key))
         return received
 
@@ -104,13 +106,14 @@ class Ranks:
             return self
         self.leave()
         backend = BACKENDS[device.type]
-        dist.init_process_group(
-            backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}",
-            store=dist.PrefixStore(f"job {next(self.turn)}", self.store),  # type: ignore[attr-defined]
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=ROADS,
-        )
+        with interrupts.at_once(), waiting("the other ranks, to connect with each of them", others=True):
+            dist.init_process_group(
+                backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}",
+                store=dist.PrefixStore(f"job {next(self.turn)}", self.store),  # type: ignore[attr-defined]
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=ROADS,
+            )
         return replace(self, reduction=Reduction(device, self.world_size))
 
     def largest(self, value: int, what: str = "the other ranks, to agree") -> int:
@@ -262,62 +265,114 @@ class Reduction:
 # Joining
 
 
-def started_by() -> str:
-    """Who started this process as one of several ranks: torchrun or srun; '' where nobody did."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
-        return "torchrun"
-    # Only srun sets it; a batch script that starts one process has the job's SLURM_NTASKS too.
-    return "srun" if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else ""
+def join(starter: str, say: Callable[[str], None]) -> Ranks:
+    """Meet the other ranks, and say who has not come after a few seconds; UserError where they don't come together."""
+    meeting, due, began = Meeting(), FIRST_NOTE, time.monotonic()
 
+    def meanwhile() -> None:
+        nonlocal due
+        waited = time.monotonic() - began
+        if waited > TIMEOUT.total_seconds():
+            raise UserError(f"the ranks can't meet: {meeting}, for {waited / 60:.0f} minutes. {REACH}")
+        if waited > due and meeting.missing:
+            say(f"{meeting}, for {waited:.0f} s so far. Ctrl-C ends it.")
+            due *= 2
 
-def join(starter: str) -> Ranks:
-    """Meet the other ranks; UserError where they don't come together."""
-    if starter == "srun":
-        _slurm_environment()
-    env = os.environ
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
+        store = _interruptible(meeting.meet, meanwhile)
     except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"the ranks can't meet at {env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')}: {reason}. "
-            "Check that the host and the port can be reached from all machines, "
-            "or choose another MASTER_PORT."
-        ) from None
-    local_rank, local_size = int(env["LOCAL_RANK"]), int(env.get("LOCAL_WORLD_SIZE", "1"))
-    return Ranks(rank, world_size, local_rank, local_size, starter, store)
+        raise UserError(f"the ranks can't meet at {starters.place()}: {reason}. {REACH}") from None
+    local_rank, local_size = starters.number("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Ranks(meeting.rank, meeting.world_size, local_rank, local_size, starter, store)
 
 
-def _slurm_environment() -> None:
-    """What torchrun would have set, from what srun sets."""
-    env = os.environ
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    # '4(x2),3': four tasks on each of two machines, three on the third.
-    counts: list[int] = []
-    for part in env["SLURM_STEP_TASKS_PER_NODE"].split(","):
-        tasks, _, times = part.rstrip(")").partition("(x")
-        counts += [int(tasks)] * int(times or 1)
-    env["LOCAL_WORLD_SIZE"] = str(counts[int(env.get("SLURM_NODEID", "0"))])
-    if "MASTER_ADDR" not in env:
-        env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
-    # Two steps of one job, or two jobs on one machine, must not meet.
-    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
-    env.setdefault("MASTER_PORT", str(20000 + (job * 64 + step % 64) % 40000))
+REACH = "Check that the host and the port can be reached from all machines, or choose another MASTER_PORT."
+FIRST_NOTE = 5.0
+"""Seconds after which a rank that waits for others says so; then after twice as many, and so on."""
 
 
-def _first_host(nodes: str) -> str:
-    if nodes and not set(nodes) & set("[,"):
-        return nodes
-    try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
+class Meeting:
+    """How far the ranks have come together, at MASTER_ADDR:MASTER_PORT; its string says who is waited for."""
+
+    def __init__(self) -> None:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"the ranks can't meet: {name} is not set. Set it to where rank 0 is to be found.")
+        self.rank, self.world_size = starters.number("RANK"), starters.number("WORLD_SIZE")
+        self.host, self.port = os.environ["MASTER_ADDR"], starters.number("MASTER_PORT")
+        self.missing = [0]
+        """The ranks that this one has to miss: the main one knows of all, each other only of the main one."""
+        self.refusal = ""
+        """Why the place where they meet can't be reached."""
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.missing[:SHOWN])) + (", …" if len(self.missing) > SHOWN else "")
+        ranks = f"rank{'s' if len(self.missing) > 1 else ''} {shown} of {self.world_size}"
+        at = f"{self.host}:{self.port}"
+        if self.refusal:
+            return f"rank {self.rank} waits for {ranks}: no answer at {at} ({self.refusal})"
+        return f"rank {self.rank} waits for {ranks} to come to {at}"
+
+    def meet(self) -> Any:  # noqa: ANN401 (torch's Store)
+        """Wait until all ranks are here; for ever, in a thread that nobody waits for. -> The store they share."""
+        serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        while not serves and not self._answers():
+            time.sleep(LOOK)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            self.host, self.port, None, serves, timeout=TIMEOUT, wait_for_workers=False, multi_tenant=serves
         )
-        return listed.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        raise UserError(
-            f"srun: the first host of {nodes!r} can't be told without scontrol. Set MASTER_ADDR to the host of rank 0."
-        ) from None
+        self.refusal = ""
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        here = dist.PrefixStore(f"here {attempt}", store)  # type: ignore[attr-defined]
+        here.set(str(self.rank), "")
+        wanted = range(self.world_size) if self.rank == 0 else [0]
+        while missing := [rank for rank in wanted if not here.check([str(rank)])]:
+            self.missing = wanted = missing
+            time.sleep(LOOK)
+        self.missing = []
+        if self.rank == 0:
+            here.set("all", "")
+        else:
+            here.wait(["all"], TIMEOUT)
+        return store
+
+    def _answers(self) -> bool:
+        """Whether somebody is there; torch's own attempts warn about each one that fails."""
+        try:
+            socket.create_connection((self.host, self.port), timeout=FIRST_NOTE / 2).close()
+        except OSError as error:
+            self.refusal = error.strerror or str(error)
+            return False
+        self.refusal = "something listens there, but not as rank 0 does"
+        return True
+
+
+SHOWN = 16
+"""Ranks that are named of those that have not come."""
+LOOK = 0.2
+"""Seconds between two looks at who has come."""
+
+
+def _interruptible(wait: Callable[[], T], meanwhile: Callable[[], None] = lambda: None) -> T:
+    """Call wait() in a thread, so that signals are heard though it waits in C; meanwhile() is called now and then."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(wait())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK)
+        meanwhile()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def pin(ranks: Ranks, device: torch.device) -> str:

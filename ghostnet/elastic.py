@@ -121,7 +121,7 @@ def report(message: str) -> None:
         return
     with contextlib.suppress(OSError):
         temporary = told_to[0] / f"{HANGS}.{os.getpid()}"
-        temporary.write_text(message)
+        temporary.write_text(message, encoding="utf-8", errors="surrogateescape")
         temporary.replace(told_to[0] / HANGS)
     watchdog.log.error(message)
 
@@ -130,9 +130,9 @@ def _failure(rank: int, exitcode: int, report: Path) -> Exception:
     """The error of a rank, in this process."""
     who = f"rank {rank}: " if rank else ""
     with contextlib.suppress(OSError):
-        return UserError((report.parent / HANGS).read_text())
+        return UserError((report.parent / HANGS).read_text(encoding="utf-8", errors="surrogateescape"))
     try:
-        told = json.loads(report.read_text())
+        told = json.loads(report.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         how = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with exit code {exitcode}"
         out_of_memory = " The kernel does that where memory runs out: see dmesg." if exitcode == -signal.SIGKILL else ""
@@ -155,7 +155,7 @@ def _rank(function: Callable[[Any, Ranks], T], argument: Any, folder: Path) -> T
     rank = int(os.environ["RANK"])
     told_to.append(folder)
     try:
-        ranks = join("launch")
+        ranks = join("launch", lambda text: None)  # the launcher sees a rank that ends
         result = function(argument, ranks)
         ranks.leave()
         return result
@@ -164,6 +164,6 @@ def _rank(function: Callable[[Any, Ranks], T], argument: Any, folder: Path) -> T
         # Where all fail alike, the main rank speaks; where this one only lost a peer, the peer does.
         time.sleep(LATE if message is None or lost_peer(error) else LATE / 2 if rank else 0)
         told = {"message": message, "kind": type(error).__name__, "traceback": traceback.format_exc()}
-        (folder / f"failed_{rank}.json").write_text(json.dumps(told))
+        (folder / f"failed_{rank}.json").write_text(json.dumps(told), encoding="utf-8")
         # At once: a thread that waits for a peer, or a device that hangs, would keep the process from ending.
         os._exit(1)

@@ -1,8 +1,10 @@
 """Signals whose handlers raise: KeyboardInterrupt, or SystemExit with 128 + the signal."""
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 SOON = 0.05
@@ -32,3 +34,17 @@ def insist() -> None:
 
     before = sys.unraisablehook
     sys.unraisablehook = passed_over
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Inside, a signal that ends the program ends it also in the midst of a wait in C, which hears no handler."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    taken = [signum for signum, handler in handlers.items() if callable(handler)]  # the others are ignored, or default
+    for signum in taken:
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for signum in taken:
+            signal.signal(signum, handlers[signum])

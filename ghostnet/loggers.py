@@ -71,11 +71,11 @@ class JsonLines:
             kept = [line for line in self._rows() if self._is_past(json.loads(line), step, evaluated)]
             temporary = self.path.with_suffix(".tmp")
             with writing(self.path):
-                temporary.write_text("".join(kept))
+                temporary.write_text("".join(kept), encoding="utf-8")
                 temporary.replace(self.path)
 
     def _rows(self) -> Iterator[str]:
-        for line in self.path.read_text().splitlines(keepends=True):
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             # A line cut short by a kill is not a row.
             with contextlib.suppress(json.JSONDecodeError):
                 json.loads(line)
@@ -87,7 +87,7 @@ class JsonLines:
 
     def log(self, row: Row) -> None:
         """Append a row; StorageError where it can't be."""
-        with writing(self.path), self.path.open("a") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
 
     def finish(self, result: Row | None) -> None:

@@ -83,7 +83,15 @@ def end_with_reader() -> None:
     atexit.register(last_flush)
 
 
+def show_any_text() -> None:
+    """Have what a stream's encoding lacks shown as its number: a locale may lack a letter, a name be any bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _watch(gone: Gone) -> None:
+    show_any_text()
     for number in range(3):
         # Else the next file that is opened would take the place of a stream that was closed, and its output.
         try:
@@ -93,5 +101,5 @@ def _watch(gone: Gone) -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            stream = io.TextIOWrapper(open(os.devnull, "wb"))  # noqa: SIM115, PTH123 (for the process's life)
+            stream = io.TextIOWrapper(open(os.devnull, "wb"), encoding="utf-8")  # noqa: SIM115, PTH123 (for the process's life)
         setattr(sys, name, cast(TextIO, Stream(stream, name, gone)))

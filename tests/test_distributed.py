@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from ghostnet import distributed
+from ghostnet import distributed, starters
 from ghostnet.distributed import ALONE, Ranks
 from ghostnet.errors import UserError
 from tests.conftest import REPOSITORY, TINY, environment
@@ -131,40 +131,160 @@ def test_a_rank_that_fails_ends_all_with_its_own_message(how, words):
 # Joining
 
 
-def test_torchrun_srun_and_a_plain_start_are_told_apart(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "8")  # within a batch script, where nothing was started by srun
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    assert distributed.started_by() == ""
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert distributed.started_by() == ""
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    assert distributed.started_by() == "srun"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "1")
-    assert distributed.started_by() == "torchrun"
+NAMES = [*starters.RANKS, "MASTER_ADDR", "MASTER_PORT", *(name for names in starters.MPI.values() for name in names)]
+NAMES += [name for name in os.environ if name.startswith(("SLURM_", "PET_"))]
 
 
 @pytest.fixture
-def slurm(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what is set here is taken back
+def plain(monkeypatch):
+    """The environment of a process that nobody started as a rank; what a test sets in it is taken back."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    tasks = {"PROCID": "5", "STEP_NUM_TASKS": "7", "LOCALID": "1", "NODEID": "1", "STEP_TASKS_PER_NODE": "4,3"}
-    for name, value in (tasks | {"STEP_NODELIST": "n1", "JOB_ID": "12", "STEP_ID": "3"}).items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
     return monkeypatch
 
 
+def test_torchrun_srun_and_a_plain_start_are_told_apart(plain):
+    plain.setenv("SLURM_NTASKS", "8")  # within a batch script, where nothing was started by srun
+    plain.setenv("SLURM_PROCID", "0")
+    assert starters.started_by() == ("", "")
+    plain.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert starters.started_by() == ("", "")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        plain.setenv(name, "1")
+    assert starters.started_by() == ("torchrun", "")
+
+
+def test_a_shell_of_srun_is_no_rank_and_says_so(plain):
+    plain.setenv("SLURM_STEP_NUM_TASKS", "8")
+    plain.setenv("SLURM_PTY_PORT", "4444")
+    starter, note = starters.started_by()
+    assert starter == ""
+    assert note.startswith("this is a shell of srun --pty: its 8 tasks (SLURM_STEP_NUM_TASKS) are not taken for ranks")
+    assert "`unset SLURM_PTY_PORT`" in note
+
+
+def test_the_command_of_srun_itself_is_a_rank_though_it_has_a_terminal(slurm):
+    slurm.setenv("SLURM_PTY_PORT", "4444")
+    slurm.setattr(starters, "_is_child_of_slurm", lambda: True)
+    assert starters.started_by() == ("srun", "")
+
+
+@pytest.mark.parametrize("starter", ["mpirun", "mpiexec"])
+def test_ranks_of_mpi_meet_and_say_how_they_would_not(plain, starter):
+    names = starters.MPI[starter]
+    for name, value in zip(names, "3414", strict=True):
+        plain.setenv(name, value)
+    assert starters.started_by() == (
+        starter,
+        f"one of the 4 ranks that {starter} started ({names[1]}); they meet at 127.0.0.1:29500 "
+        f"(MASTER_ADDR, MASTER_PORT). To train alone: `env -u {names[1]} python train.py …`.",
+    )
+    assert [os.environ[name] for name in starters.RANKS] == list("3414")
+
+
+def test_ranks_of_mpi_on_several_machines_ask_where_to_meet(plain):
+    for name, value in zip(starters.MPI["mpirun"], "3412", strict=True):
+        plain.setenv(name, value)
+    with pytest.raises(UserError, match=r"mpirun started 4 ranks .* set MASTER_ADDR to the host of rank 0"):
+        starters.started_by()
+    plain.delenv("OMPI_COMM_WORLD_LOCAL_RANK")
+    starter, note = starters.started_by()
+    assert starter == ""
+    assert note.startswith("OMPI_COMM_WORLD_SIZE=4, but OMPI_COMM_WORLD_LOCAL_RANK is not set: MPI's variables are not")
+
+
+def test_pods_of_a_pytorchjob_are_a_rank_each_or_are_for_torchrun(plain):
+    for name, value in {"MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "RANK": "1", "WORLD_SIZE": "4"}.items():
+        plain.setenv(name, value)
+    plain.setenv("PET_NPROC_PER_NODE", "2")
+    starter, note = starters.started_by()
+    assert (starter, "LOCAL_RANK" in os.environ) == ("", False)
+    assert note.startswith("RANK=1 WORLD_SIZE=4 PET_NPROC_PER_NODE=2 are of a PyTorchJob, for torchrun")
+    assert "this process trains alone" in note
+    plain.delenv("PET_NPROC_PER_NODE")
+    starter, note = starters.started_by()
+    assert (starter, os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("torchrun", "0", "1")
+    assert note.startswith("rank 1 of 4, alone on its machine")
+    assert "they meet at job-master-0:23456" in note
+
+
+def test_a_count_of_ranks_that_is_no_number_is_named(plain):
+    plain.setenv("PMI_SIZE", "four")
+    with pytest.raises(UserError, match="the environment's PMI_SIZE=four is no number"):
+        starters.started_by()
+
+
+@pytest.fixture
+def listening():
+    """A port at which somebody takes connections and says nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "others", "signum", "told"),
+    [
+        (0, "nobody", signal.SIGINT, "rank 0 waits for ranks 1, 2 of 3 to come to 127.0.0.1:{port}, for 5 s so far."),
+        (
+            1,
+            "nobody",
+            signal.SIGTERM,
+            "rank 1 waits for rank 0 of 3: no answer at 127.0.0.1:{port} (Connection refused",
+        ),
+        (2, "a stranger", signal.SIGHUP, "rank 2 waits for rank 0 of 3: no answer at 127.0.0.1:{port} (something l"),
+    ],
+)
+def test_a_rank_whose_others_never_come_says_so_and_ends_when_it_is_asked_once(
+    rank, others, signum, told, listening, tmp_path, tiny_data
+):
+    port = free_port() if others == "nobody" else listening
+    join = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+    join |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = start(*TINY, f"data.root={tiny_data}", cwd=tmp_path, **join)
+    assert process.stderr.readline().startswith(told.format(port=port))
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signum, err
+    assert "stopped" in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_waits_for_its_job_ends_when_it_is_asked_once(tmp_path, tiny_data):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    join = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    join |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    process = start(*TINY, f"data.root={tiny_data}", cwd=tmp_path, **join)
+    here = torch.distributed.PrefixStore("here 0", store)
+    here.wait(["1"])
+    here.set("0", "")
+    here.set("all", "")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "stopped at once, as asked.\n")
+
+
+@pytest.fixture
+def slurm(plain):
+    tasks = {"PROCID": "5", "STEP_NUM_TASKS": "7", "LOCALID": "1", "NODEID": "1", "STEP_TASKS_PER_NODE": "4,3"}
+    for name, value in (tasks | {"STEP_NODELIST": "n1", "JOB_ID": "12", "STEP_ID": "3"}).items():
+        plain.setenv(f"SLURM_{name}", value)
+    return plain
+
+
 def test_what_srun_sets_becomes_what_torchrun_would_set(slurm):
-    distributed._slurm_environment()
+    assert starters.started_by() == ("srun", "")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     assert [os.environ[name] for name in names] == ["5", "7", "1", "3", "n1"]
     first = os.environ.pop("MASTER_PORT")
     slurm.setenv("SLURM_STEP_ID", "4")
     slurm.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3),1")
-    distributed._slurm_environment()
+    starters._take_from_slurm()
     assert os.environ["MASTER_PORT"] != first
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 
@@ -173,10 +293,10 @@ def test_a_list_of_hosts_that_can_not_be_read_asks_for_the_first(slurm, tmp_path
     slurm.setenv("SLURM_STEP_NODELIST", "n[1-2]")
     slurm.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"the first host of 'n\[1-2\]' can't be told.* Set MASTER_ADDR"):
-        distributed._slurm_environment()
+        starters._take_from_slurm()
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1; echo n2\n")
     (tmp_path / "scontrol").chmod(0o755)
-    distributed._slurm_environment()
+    starters._take_from_slurm()
     assert os.environ["MASTER_ADDR"] == "n1"
 
 

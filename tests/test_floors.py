@@ -9,7 +9,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "installed", "door.groups", "door.drivers", "secrets", "watchdog", "output", "interrupts"},
-    {"schema", "disk"},
+    {"schema", "disk", "starters"},
     {"door.conflicts", "door.origins"},
     {"device", "seeding", "seal"},
     {"distributed", "models", "optim", "ema"},

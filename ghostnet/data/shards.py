@@ -248,7 +248,7 @@ def _size(path: Path) -> tuple[int, int] | None:
 
 def _is_complete(base: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads((base / STATE).read_text())["done"])
+        return bool(json.loads((base / STATE).read_text(encoding="utf-8"))["done"])
     return False
 
 

@@ -44,7 +44,9 @@ def _ascends() -> dict[int, str]:
 def _accelerators() -> Iterator[str]:
     for folder in sorted(PCI.iterdir()) if PCI.is_dir() else ():
         with contextlib.suppress(OSError):
-            vendor, device, kind = ((folder / name).read_text().strip() for name in ("vendor", "device", "class"))
+            vendor, device, kind = (
+                (folder / name).read_text(encoding="utf-8").strip() for name in ("vendor", "device", "class")
+            )
             if vendor == HUAWEI and kind.startswith(ACCELERATOR):
                 yield device
 

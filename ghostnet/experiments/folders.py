@@ -199,7 +199,7 @@ def baseline(path: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     file = file / "result.json" if file.is_dir() else file
     try:
-        result = json.loads(file.read_text())
+        result = json.loads(file.read_text(encoding="utf-8"))
         if result["fps"] > 0 and result["world_size"] >= 1:
             return dict(result)
     except (OSError, ValueError, KeyError, TypeError):

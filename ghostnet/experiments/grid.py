@@ -5,6 +5,7 @@ A search's own jobs are known only one after the other.
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def job_name(differs: dict[str, str]) -> str:
     """A folder name that tells what differs; where it can't be told in full, a hash keeps it apart from others."""
     text = ",".join(f"{key.lstrip('+')}={value}" for key, value in differs.items())
     name = re.sub(r"[^\w.,=+\[\]-]", "_", text, flags=re.ASCII)[:NAME_LENGTH]
-    return (name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}") or "job"
+    return (name if name == text else f"{name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:6]}") or "job"
 
 
 def words_of(params: DictConfig | dict[str, Any] | None) -> list[str]:

@@ -85,6 +85,7 @@ def guard(cfg: DictConfig, run: Run) -> float | None:
         return _guarded(job, run, sweep)
     if workers.stopped:
         return None
+    output.show_any_text()
     with workers.job_signals(child=workers.is_joblib(hydra)):
         if workers.is_joblib(hydra):
             workers.take_share(folder.parent, job.cfg["device"], hydra.launcher.n_jobs)
@@ -128,6 +129,8 @@ def _recorded(job: Job, run: Run, sweep: bool) -> float | None:
         with writing(folder / "config.yaml"):
             OmegaConf.save(OmegaConf.create(job.cfg), folder / "config.yaml")
         record.write(folder, _provenance(job, sweep))
+        if lack := record.code()[2]:
+            say(f"note    {job.prefix}the commit of the code is not recorded: {lack}")
         if difference := rerun_note(job.cfg["rerun"]):
             say(f"note    {job.prefix}rerun: {difference}")
         return float(on_ranks(run, job, job.cfg["device"])["top1"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ghostnet import interrupts, output
+from ghostnet import interrupts, output, starters
 from ghostnet.config import flat
 from ghostnet.door import manual
 from ghostnet.door.composing import Look
@@ -56,9 +56,13 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
         signal.signal(signal.SIGHUP, terminated)
     signal.signal(signal.SIGUSR1, terminated)  # how Slurm warns of a time limit, where it is asked to
-    ranks = _join()
-    if ranks is not None and not ranks.is_main:
-        sys.exit(_serve(ranks, run))
+    try:
+        ranks = _join()
+        if ranks is not None and not ranks.is_main:
+            sys.exit(_serve(ranks, run))
+    except KeyboardInterrupt:
+        say("stopped at once, as asked.")
+        sys.exit(130)
     entered.append(True)
     workers.tell_workers(Path(sys.argv[0]).name, words)
     folder, code = None, 0
@@ -126,15 +130,16 @@ def _of_sweep(checked: Checked) -> list[str]:
 
 
 def _join() -> "Ranks | None":
-    """Meet the other ranks, where torchrun or srun started this process as one of several."""
-    if not {"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ):
-        return None
-    from ghostnet import distributed
-
-    if not (starter := distributed.started_by()):
-        return None
+    """Meet the other ranks, where somebody started this process as one of several."""
     try:
-        there.append(distributed.join(starter))
+        starter, note = starters.started_by()
+        if note and os.environ.get("RANK", "0") == "0":
+            say(f"note: {note}")
+        if not starter:
+            return None
+        from ghostnet import distributed
+
+        there.append(distributed.join(starter, say))
     except UserError as error:
         say(f"error: {error}")
         sys.exit(1)

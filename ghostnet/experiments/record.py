@@ -1,6 +1,7 @@
 """What reproduces a run, in its folder: run.json, code.diff; what became of it; the lock of who trains in it."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import importlib.metadata
@@ -30,15 +31,15 @@ def write(folder: Path, run: dict[str, Any]) -> None:
 
     A run that goes on keeps the time at which it was started first.
     """
-    commit, diff = code()
+    commit, diff, _ = code()
     run = run | {"host": platform.node(), "commit": commit, "dirty": bool(diff)}
     run |= {"versions": versions(), "hardware": hardware()}
     with contextlib.suppress(OSError, ValueError, KeyError):
-        run["started"] = json.loads((folder / FILE).read_text())["started"]
+        run["started"] = json.loads((folder / FILE).read_text(encoding="utf-8"))["started"]
     write_json(folder / FILE, run)
     if diff:
         with writing(folder / DIFF):
-            (folder / DIFF).write_text(diff)
+            (folder / DIFF).write_text(diff, encoding="utf-8")
     else:
         (folder / DIFF).unlink(missing_ok=True)
 
@@ -46,7 +47,7 @@ def write(folder: Path, run: dict[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """run.json; empty where there is none, or none that can be read."""
     try:
-        return dict(json.loads((folder / FILE).read_text()))
+        return dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -54,7 +55,7 @@ def read(folder: Path) -> dict[str, Any]:
 def result(folder: Path) -> dict[str, Any]:
     """result.json; empty where there is none, or none that can be read."""
     try:
-        return dict(json.loads((folder / "result.json").read_text()))
+        return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -70,34 +71,39 @@ def status(folder: Path) -> str:
 
 
 @functools.cache
-def code() -> tuple[str | None, str]:
-    """The commit of the code that runs, and what differs from it, as a diff; None and '' outside of git.
+def code() -> tuple[str | None, str, str]:
+    """Return the commit of the code that runs, what differs from it, as a diff, and why there is none of it.
+
+    Outside of git, and where git refuses or is not installed, the commit is None and the diff empty.
 
     Secrets of the environment are struck out of it, and files that hold keys are no part of it.
 
     It is asked once: what is edited later is not what this process runs.
     """
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *words]
+    def git(*words: str) -> bytes:
+        # In a container the checkout is often another user's, which git refuses lest it run what the configuration
+        # there names; but whoever runs this file trusts its folder.
+        command = ["git", "-c", f"safe.directory={REPOSITORY.resolve()}", "-C", str(REPOSITORY), *words]
         try:
             done = subprocess.run(command, capture_output=True, check=False, timeout=60)
         except subprocess.TimeoutExpired:
-            raise OSError from None
+            raise OSError(errno.ETIMEDOUT, "it does not answer") from None
         if done.returncode not in ((0, 1) if "--no-index" in words else (0,)):
-            raise OSError
-        return done.stdout.decode(errors="replace")
+            raise OSError(errno.EIO, done.stderr.decode(errors="replace").strip().partition("\n")[0])
+        return done.stdout
+
+    if not (REPOSITORY / ".git").exists():
+        return None, "", ""
 
     try:
-        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != REPOSITORY.resolve():
-            return None, ""
-        commit, diff = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
-        for name in filter(None, git("ls-files", "--others", "--exclude-standard", "-z").split("\0")):
+        commit, diff = git("rev-parse", "HEAD").decode().strip(), git("diff", "HEAD")
+        for name in filter(None, os.fsdecode(git("ls-files", "--others", "--exclude-standard", "-z")).split("\0")):
             if (REPOSITORY / name).stat().st_size <= LARGEST and not secrets.is_file(name):
                 diff += git("diff", "--no-index", "--", "/dev/null", name)
-        return commit, secrets.without(diff)
-    except OSError:
-        return None, ""
+        return commit, secrets.without(diff.decode(errors="replace")), ""
+    except OSError as error:
+        return None, "", error.strerror or str(error)
 
 
 @functools.cache
@@ -115,7 +121,7 @@ def hardware() -> dict[str, Any]:
     """The CPU by name, how many of them, and the machine's memory in bytes; result.json names the cards."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"cpu": name, "cpus": os.cpu_count(), "memory": memory}
@@ -124,7 +130,7 @@ def hardware() -> dict[str, Any]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """This process alone trains in a folder; ConfigError where another does. The kernel ends it with the process."""
-    with (folder / LOCK).open("a+") as file:
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,7 +155,7 @@ def locked(folder: Path) -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Whether a process trains in a folder."""
     try:
-        with (folder / LOCK).open("r+") as file:
+        with (folder / LOCK).open("r+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -164,7 +170,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -70,10 +70,12 @@ def note(run: str | None) -> str:
         return ""
     folder = Path(run).expanduser()
     folder = folder if folder.is_dir() else folder.parent
-    then, (commit, diff) = record.read(folder), record.code()
+    then, (commit, diff, _) = record.read(folder), record.code()
     if not then or (then.get("commit") == commit and not then.get("dirty") and not diff):
         return ""
-    old = (folder / record.DIFF).read_text() if (folder / record.DIFF).exists() else ""
+    old = (
+        (folder / record.DIFF).read_text(encoding="utf-8", errors="replace") if (folder / record.DIFF).exists() else ""
+    )
     if then.get("commit") == commit and old == diff:
         return ""
     return f"the code was {_version(then.get('commit'), bool(old))}, is {_version(commit, bool(diff))}"

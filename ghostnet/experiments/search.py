@@ -103,7 +103,7 @@ def job_of(sweep: Sweep, trial: Trial | optuna.trial.FrozenTrial, fixed: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     if sweep.prune:
         it = {"storage": where(sweep), "number": trial.number, "startup_trials": sweep.startup_trials}
-        (folder / TRIAL).write_text(json.dumps(it) + "\n")
+        (folder / TRIAL).write_text(json.dumps(it) + "\n", encoding="utf-8")
     return SweepJob(name, [f"{key}={value}" for key, value in (fixed | trial.params).items()])
 
 
@@ -208,7 +208,7 @@ def hopeless(folder: Path, epoch: int, top1: float) -> bool:
     """Report a trial's Acc@1 of an epoch -> whether it lies below the median of the earlier trials at that epoch."""
     if not (folder / TRIAL).exists():
         return False
-    where = json.loads((folder / TRIAL).read_text())
+    where = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
     study = open_study(where["storage"], where["startup_trials"])
     trial = study.get_trials(deepcopy=False)[where["number"]]
     if trial.state != TrialState.RUNNING:

@@ -112,7 +112,7 @@ def children() -> list[int]:
     found = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
-            found += [int(pid) for pid in (task / "children").read_text().split()]
+            found += [int(pid) for pid in (task / "children").read_text(encoding="utf-8").split()]
     return found
 
 

@@ -110,7 +110,7 @@ def bounded(size: int) -> Iterator[None]:
     The kernel holds it (Linux): calls that a pickle may make, such as bytearray(2 ** 40), ask nobody else.
     """
     try:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * os.sysconf("SC_PAGE_SIZE")
         before = resource.getrlimit(resource.RLIMIT_AS)
     except OSError:
         yield

@@ -1,6 +1,5 @@
 """How a tool starts and ends: its help, its exit code, one message for what a user can mend."""
 
-import io
 import signal
 import sys
 from collections.abc import Callable
@@ -45,8 +44,5 @@ def start(main: Callable[[list[str]], int], say: Say = on_stderr) -> NoReturn:
 
     interrupts.insist()
     signal.signal(signal.SIGTERM, terminated)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     output.end_with_reader()
     sys.exit(main(sys.argv[1:]))

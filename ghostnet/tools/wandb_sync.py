@@ -78,7 +78,7 @@ class Sender:
         config = config_of(folder)
         options = self.options(folder, config)
         wanted = request(folder, config, options, online=self.mode == "online", live=False)
-        (folder / ID_FILE).write_text(wanted.id + "\n")
+        (folder / ID_FILE).write_text(wanted.id + "\n", encoding="utf-8")
         recorder = Recorder(wanted)
         self.recorders.append(recorder)
         recorder.end(result)
@@ -135,7 +135,7 @@ def count_rows(folder: Path) -> int:
 def result_of(folder: Path) -> dict[str, Any] | None:
     """The result of a run that came to one."""
     with contextlib.suppress(OSError, ValueError):
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return dict(result) if result["status"] in ("completed", "pruned") else None
     return None
 
@@ -214,7 +214,8 @@ def sync(words: list[str]) -> int:
 def main(words: list[str]) -> int:
     """Send the runs -> exit code."""
     if {"-h", "--help"} & set(words):
-        print(f"{(__doc__ or '').strip()}\n\n{(CONF / 'logger' / 'wandb.yaml').read_text().partition(chr(10))[2]}")
+        settings = (CONF / "logger" / "wandb.yaml").read_text(encoding="utf-8").partition("\n")[2]
+        print(f"{(__doc__ or '').strip()}\n\n{settings}")
         return 0
     try:
         if flags := [word for word in words if word.startswith("-")]:

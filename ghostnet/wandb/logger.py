@@ -76,7 +76,7 @@ class Wandb:
         wanted = request(run.folder, run.config, self.options, online=self.mode == "online", live=True)
         self.step, self.prefix = run.step, run.prefix
         try:
-            (run.folder / ID_FILE).write_text(wanted.id + "\n")
+            (run.folder / ID_FILE).write_text(wanted.id + "\n", encoding="utf-8")
             self.recorder = Recorder(wanted)
         except OSError as error:
             what = "its process can't be started" if error.filename is None else f"{error.filename} can't be written"
@@ -157,7 +157,7 @@ def request(folder: Path, config: dict[str, Any], options: Options, *, online: b
     agent of a Weights & Biases sweep the run's id and place are the agent's.
     """
     id_file = folder / ID_FILE
-    known = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else uuid.uuid4().hex[:8]
     agent = bool(os.environ.get("WANDB_SWEEP_ID")) and live
     sweep, differs, record = described(folder)
     if agent and sweep:
@@ -182,7 +182,7 @@ def described(folder: Path) -> tuple[str | None, str | None, dict[str, Any]]:
     Runs of before run.json are known by what Hydra wrote.
     """
     with contextlib.suppress(OSError, ValueError):
-        record = json.loads((folder / "run.json").read_text())
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         return sweep_name(record["sweep"]), record["name"], record
     with contextlib.suppress(OSError):
         hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra

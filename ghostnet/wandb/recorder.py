@@ -99,7 +99,7 @@ def state(folder: Path) -> dict[str, Any]:
     entity/project/id at the server, None where it never was there; where: wandb's own folder of the last record.
     """
     try:
-        return dict(json.loads((folder / STATE).read_text()))
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -109,7 +109,7 @@ def write_state(folder: Path, run: Any, online: bool, rows: int, result: bool) -
     known = {"rows": rows, "result": result, "online": online, "where": str(run.settings.sync_dir)}
     known["path"] = run.path if online else state(folder).get("path")
     temporary = folder / f".{STATE}.tmp"
-    temporary.write_text(json.dumps(known) + "\n")
+    temporary.write_text(json.dumps(known) + "\n", encoding="utf-8")
     temporary.replace(folder / STATE)
 
 

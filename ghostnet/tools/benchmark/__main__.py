@@ -136,7 +136,7 @@ def run(typed: list[str]) -> None:
     result = results.collect(head, subjects, measured, left_out)
     results.show(result)
     if case.own.json:
-        case.own.json.write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n")
+        case.own.json.write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if case.own.report:
         case.own.report.write_text(report.page(result), encoding="utf-8")
 

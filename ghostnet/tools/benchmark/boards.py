@@ -44,13 +44,18 @@ def _make(words: list[str], runs: Path) -> None:
     """One real run of so many steps, and copies of it under other learning rates, widths, seeds and accuracies."""
     first = runs / "first"
     training = [*SMALL, f"data.dataset.num_train={32 * ROWS}", "log_every=1", "optim.lr=0.4", "seed=1", *words]
-    done = subprocess.run(program("train.py", *training, f"hydra.run.dir={first}"), capture_output=True, text=True)
+    done = subprocess.run(
+        program("train.py", *training, f"hydra.run.dir={first}"),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if done.returncode:
         raise Failed(done.stderr.strip())
     for file in [*first.glob("*.pt"), *first.glob(".lock")]:
         file.unlink()
-    config = (first / "config.yaml").read_text()
-    result = json.loads((first / "result.json").read_text())
+    config = (first / "config.yaml").read_text(encoding="utf-8")
+    result = json.loads((first / "result.json").read_text(encoding="utf-8"))
     width = next(line.strip() for line in config.splitlines() if line.startswith("  width:"))
     if "\n  lr: 0.4\n" not in config or "\nseed: 1\n" not in config:
         raise UserError("results: leave optim.lr and seed out, they are what its runs differ in.")
@@ -59,6 +64,8 @@ def _make(words: list[str], runs: Path) -> None:
         text = config.replace("\nseed: 1\n", f"\nseed: {seed + 1}\n")
         text = text.replace("\n  lr: 0.4\n", f"\n  lr: {0.01 * (1 + group):.2f}\n")
         folder = shutil.copytree(first, runs / f"search/{number}")
-        (folder / "config.yaml").write_text(text.replace(f"\n  {width}\n", f"\n  width: {WIDTHS[group % 3]}\n"))
+        (folder / "config.yaml").write_text(
+            text.replace(f"\n  {width}\n", f"\n  width: {WIDTHS[group % 3]}\n"), encoding="utf-8"
+        )
         numbers = {"top1": 60 + number % 97 / 4, "fps": 500 + number * 37 % 1000}
-        (folder / "result.json").write_text(json.dumps(result | numbers))
+        (folder / "result.json").write_text(json.dumps(result | numbers), encoding="utf-8")

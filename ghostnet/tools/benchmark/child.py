@@ -77,7 +77,7 @@ def main(function: str, file: str) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 1
-    Path(file).write_text(json.dumps(metrics))
+    Path(file).write_text(json.dumps(metrics), encoding="utf-8")
     return 0
 
 

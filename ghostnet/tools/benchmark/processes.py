@@ -38,7 +38,7 @@ def memory(root: int) -> int:
 def _sum(pid: int, file: str, names: tuple[str, ...]) -> int:
     """Bytes of some lines of a file of a process; none where it has ended meanwhile."""
     with contextlib.suppress(OSError):
-        lines = (PROC / str(pid) / file).read_text().splitlines()
+        lines = (PROC / str(pid) / file).read_text(encoding="utf-8").splitlines()
         return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(names))
     return 0
 
@@ -46,6 +46,6 @@ def _sum(pid: int, file: str, names: tuple[str, ...]) -> int:
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat behind the name: state, parent, …; none where the process has ended."""
     try:
-        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        return (PROC / str(pid) / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return []

@@ -196,7 +196,7 @@ def sweep(words: list[str]) -> list[Subject]:
     """What a job of a sweep costs beside its run: seconds of all less those of the runs, for each job."""
 
     def read(finished: Finished) -> Metrics:
-        runs = [json.loads(path.read_text()) for path in finished.folder.glob("sweep/*/result.json")]
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in finished.folder.glob("sweep/*/result.json")]
         at_once = 2 if (finished.folder / "sweep" / ".slots").exists() else 1
         beside = at_once * finished.seconds - sum(run["seconds"] for run in runs)
         return _seconds(finished) | {"seconds": beside / len(runs), "jobs": len(runs)}
@@ -223,12 +223,14 @@ def _command(name: str, words: list[str], **more: Any) -> Subject:  # noqa: ANN4
 def _has_row(folder: Path) -> bool:
     """Whether our run has written the row of its first step."""
     rows = folder / "run" / "metrics.jsonl"
-    return rows.exists() and '"train/loss"' in rows.read_text()
+    return rows.exists() and '"train/loss"' in rows.read_text(encoding="utf-8")
 
 
 def _has_stepped(folder: Path) -> bool:
     """Whether timm's has taken its first step."""
-    return (folder / "output" / "first_step").exists() or "Train: 0 [   0/" in (folder / "stderr").read_text()
+    return (folder / "output" / "first_step").exists() or "Train: 0 [   0/" in (folder / "stderr").read_text(
+        encoding="utf-8"
+    )
 
 
 def _seconds(finished: Finished) -> Metrics:

@@ -46,7 +46,7 @@ class Finished:
 
     def text(self, name: str) -> str:
         """What it wrote to a file of its folder."""
-        return (self.folder / name).read_text(errors="replace")
+        return (self.folder / name).read_text(errors="replace", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ def program(name: str, *words: str) -> list[str]:
 def measure(subject: Subject, folder: Path) -> Metrics:
     """Run it once; Failed in its own words where it fails. Ends all of its processes, whatever happens."""
     folder.mkdir(parents=True)
-    (folder / "stdin").write_text(json.dumps(subject.spec))
+    (folder / "stdin").write_text(json.dumps(subject.spec), encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     before, peak, next_look = _reaped(), 0, 0.0
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context((folder / name).open(mode)) for name, mode in STREAMS]
+        files = [stack.enter_context((folder / name).open(mode, encoding="utf-8")) for name, mode in STREAMS]
         start = time.perf_counter()
         process = subprocess.Popen(
             subject.command(folder),

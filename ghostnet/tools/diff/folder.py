@@ -74,7 +74,7 @@ def _words(folder: Path, provenance: dict[str, Any]) -> list[str] | None:
     if isinstance(provenance.get("overrides"), list):
         return own_words([str(word) for word in provenance["overrides"]])
     with contextlib.suppress(OSError, yaml.YAMLError):
-        words = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+        words = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
         return own_words([str(word) for word in words or []])
     return None
 
@@ -84,7 +84,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}.") from None
     if not isinstance(found, dict):
@@ -103,5 +103,5 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _text(path: Path) -> str:
     with contextlib.suppress(OSError):
-        return path.read_text(errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     return ""

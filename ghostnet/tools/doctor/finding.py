@@ -65,7 +65,15 @@ def fresh_python(code: str, seconds: float, environment: dict[str, str]) -> str 
     """The last line of what a fresh Python says of code that fails there, None where it works."""
     try:
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return f"no answer within {seconds:.0f} seconds"
     lines = done.stderr.strip().splitlines()

@@ -178,7 +178,7 @@ def memory(case: Case) -> Findings:
     """The host's memory against what the loaders' batches take."""
     from ghostnet.data.loader import AHEAD
 
-    node, lines = case.cfg["data"], Path("/proc/meminfo").read_text().splitlines()
+    node, lines = case.cfg["data"], Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit, used = cgroup("memory.max"), cgroup("memory.current")
     if limit and used and limit[0].isdecimal():
@@ -196,5 +196,5 @@ def memory(case: Case) -> Findings:
 def cgroup(name: str) -> list[str]:
     """The words of a file of this process's control group (v2); none where there is none."""
     with contextlib.suppress(OSError):
-        return (Path("/sys/fs/cgroup") / name).read_text().split()
+        return (Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8").split()
     return []

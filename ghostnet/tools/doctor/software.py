@@ -47,7 +47,9 @@ def python() -> Findings:
 def packages() -> Findings:
     """Those of requirements.txt: there, and within its bounds."""
     missing, other = [], []
-    for line in filter(None, (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())):
+    for line in filter(
+        None, (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
+    ):
         name = re.split(r"[<>=~!]", line)[0].strip()
         version = installed(name)
         if version is None:
@@ -120,7 +122,9 @@ def find_cann() -> tuple[Path | None, str | None]:
     for pattern in ("*/ascend_*_install.info", "ascend_*_install.info", "version.cfg"):
         for file in sorted(home.glob(pattern)) if home else ():
             # version=9.1.0 in the first two, toolkit_running_version=[9.1.0.1.2:9.1.0] in the last
-            if match := re.search(r"version=(?:\[[^:\]]*:)?([\w.]+)", file.read_text(errors="replace")):
+            if match := re.search(
+                r"version=(?:\[[^:\]]*:)?([\w.]+)", file.read_text(errors="replace", encoding="utf-8")
+            ):
                 return home, match[1]
     return home, None
 

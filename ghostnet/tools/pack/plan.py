@@ -75,7 +75,7 @@ def begin(out: Path, sources: dict[str, ImageFolder], settings: Settings) -> dic
         for left_by_killed in out.glob(".*.json.*.tmp"):
             left_by_killed.unlink()
         if path.exists():
-            return _same(out, json.loads(path.read_text()), wanted)
+            return _same(out, json.loads(path.read_text(encoding="utf-8")), wanted)
         if out.is_dir() and any(out.iterdir()):
             raise ConfigError(f"out={out} holds other files: give a new or an empty folder.")
         out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def available(kind: str) -> int | None:
     if kind != "cpu":
         return free_memory(resolve(kind))[1]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
     except (OSError, StopIteration):
         return None

@@ -48,7 +48,10 @@ def measure(words: list[str], cfg: Config, seconds: float, tell: Callable[[str],
         own += ["data.cache_val=false"] if cfg["data"].get("cache_val") else []
         kept = [word for word in words if not word.startswith(("logger", "hydra.run.dir", "sweep=", "rerun="))]
         command = [sys.executable, str(PROGRAM), *kept, *own]
-        with (Path(name) / "said").open("w+") as said, _process(command, said) as process:
+        with (
+            (Path(name) / "said").open("w+", encoding="utf-8", errors="replace") as said,
+            _process(command, said) as process,
+        ):
             started = time.monotonic()
             while process.poll() is None:
                 rows = _rows(folder)
@@ -67,7 +70,7 @@ def measure(words: list[str], cfg: Config, seconds: float, tell: Callable[[str],
                 raise UserError(f"the measured run failed: {_last_words(said.read())}")
             rows, result = _rows(folder), folder / "result.json"
             if code == 0 and not any(row["step"] > LOG_EVERY for row in rows if "train/fps" in row):
-                found = json.loads(result.read_text())
+                found = json.loads(result.read_text(encoding="utf-8"))
                 return Measured(found["fps"], found["eval_fps"], found["steps"], found["seconds"])
     return _sum(rows, cfg)
 
@@ -107,7 +110,7 @@ def _process(command: list[str], said: Any) -> "Iterator[subprocess.Popen[bytes]
 def _rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     with contextlib.suppress(OSError):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a line that is being written
                 rows.append(json.loads(line))
     return rows
