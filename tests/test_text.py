@@ -122,3 +122,13 @@ def test_a_commit_that_git_does_not_tell_is_said_to_be_lacking(tmp_path):
     python = shutil.which("python")
     done = subprocess.run([python, "-c", program], env=env, cwd=tmp_path, capture_output=True, check=True)
     assert done.stdout == b"(None, '', 'No such file or directory')\n"
+
+
+def test_without_a_home_nothing_is_cached_and_all_is_read(monkeypatch, image_folder):
+    from ghostnet.data.datasets import ImageFolder
+    from ghostnet.data.index import cache_folder
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is without HOME and an entry in passwd
+    assert str(cache_folder()) == "/dev/null/no home, set XDG_CACHE_HOME"
+    assert len(ImageFolder("train", str(image_folder))) == 64
