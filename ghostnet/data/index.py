@@ -99,14 +99,10 @@ class _Cache:
         # The digest covers it, so that a file of another format, rule or folder reads like a damaged one.
         self.identity = repr((FORMAT, EXTENSIONS, sys.getfilesystemencoding(), own)).encode()
         name = hashlib.sha256(os.fsencode(own)).hexdigest()[:32]
-        self.path: Path | None = None
-        with contextlib.suppress(RuntimeError):
-            self.path = cache_folder() / "index" / name
+        self.path = cache_folder() / "index" / name
 
     def read(self) -> dict[str, _Listing]:
         """What was written last, by class; {} for anything but that."""
-        if self.path is None:
-            return {}
         try:
             content = self.path.read_bytes()
         except OSError:
@@ -123,8 +119,6 @@ class _Cache:
 
     def write(self, listings: Mapping[str, _Listing]) -> None:
         """Whole or not at all; not where the disk is full or the folder can't be written."""
-        if self.path is None:
-            return
         table = [[name, listing.stamp, len(listing.names)] for name, listing in listings.items()]
         parts = [json.dumps(table).encode() + b"\n", *(listing.names for listing in listings.values())]
         with contextlib.suppress(OSError):
@@ -151,8 +145,11 @@ class _Cache:
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it can get again; RuntimeError for a user without a home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ghostnet"
+    """Where this project keeps what it can get again; for a user without a home, where nothing can be kept."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ghostnet"
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        return Path(os.devnull) / "no home, set XDG_CACHE_HOME"
 
 
 def _listing(path: Path, known: _Listing | None) -> _Listing:

@@ -94,8 +94,9 @@ class Shards:
                 f"data.root={root}: {split} has the label {most}, but there are {len(self.classes)} class names. "
                 "Complete or remove them."
             )
-        # Half of the files that a process may have open; a file is closed when the last thread is done with it.
-        most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        # A quarter of the files that a process may have open, for training and for validation each;
+        # a file is closed when the last thread is done with it.
+        most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self.open = functools.lru_cache(maxsize=most_open)(_File)
 
     @staticmethod

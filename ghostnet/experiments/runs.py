@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ghostnet.config import flat
+from ghostnet.experiments.folders import yaml_loader
 from ghostnet.experiments.record import is_locked
 
 FILES = {"config.yaml", "run.json", "result.json"}
@@ -23,7 +24,6 @@ METRICS = {"top1": "top1", "top5": "top5", "loss": "loss", "fps": "fps", "time":
 """The numbers of a run, and their keys in result.json."""
 LARGEST = 1e300
 """What is no less, or not a number at all, counts as none."""
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: ten times as fast
 
 
 class Damaged(Exception):  # noqa: N818 (of a file)
@@ -126,7 +126,7 @@ def _leaves_of(text: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1 << 14)
 def _leaves(block: str) -> tuple[tuple[str, Any], ...]:
     """Dotted keys and values of a YAML mapping; TypeError where it is none."""
-    node = yaml.load(block, Loader)
+    node = yaml.load(block, yaml_loader(block))
     if not isinstance(node, dict):
         raise TypeError
     return tuple((key, _hashable(value)) for key, value in flat(node))
@@ -160,7 +160,7 @@ def _read_overrides(run: Run) -> None:
     text = _text(run.folder / ".hydra" / "overrides.yaml")
     if text is not None:
         with contextlib.suppress(yaml.YAMLError):
-            words = yaml.load(text, Loader)
+            words = yaml.load(text, yaml_loader(text))
             run.overrides = [str(word) for word in words] if isinstance(words, list) else []
         run.rerun = _command(run.overrides)
 
