@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from ghostnet.device import apex_options, check_bf16, half_dtype
 from ghostnet.errors import UserError
-from ghostnet.loss_scale import LossScale, Scale, update
+from ghostnet.loss_scale import Scale, update
 from ghostnet.models.fold import folded
 from ghostnet.models.ghostnet import GhostNet
+from ghostnet.schema import LossScale
 
 MakeOptimizer = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
 

@@ -1,6 +1,6 @@
 """The loss scale of half-precision gradients: a number, or dynamic; no step waits for the device."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +9,7 @@ from torch.optim import Optimizer
 
 from ghostnet.device import clear_overflow, overflowed, saturates
 from ghostnet.optim import step_unless
-from ghostnet.schema import Positive
-
-LossScale = Positive | Literal["dynamic"]
+from ghostnet.schema import LossScale
 
 
 class GradScaler(torch.amp.GradScaler):

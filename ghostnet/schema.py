@@ -27,6 +27,7 @@ PositiveRange = Annotated[list[Positive], "as [least, most]"]
 ProbabilityColour = Annotated[list[Probability], "as [red, green, blue]"]
 PositiveColour = Annotated[list[Positive], "as [red, green, blue]"]
 FractionPair = Annotated[list[Fraction], "as [first, second]"]
+LossScale = Positive | Literal["dynamic"]
 
 _RANGES: dict[str, Callable[[Any], bool]] = {
     "> 0": lambda v: v > 0,
@@ -45,6 +46,7 @@ _NAMES: dict[str, Any] = {
     **{name: getattr(typing, name) for name in ("Any", "Annotated", "Literal")},
     **{name: value for name, value in list(globals().items()) if typing.get_origin(value) is Annotated},
     **{kind.__name__: kind for kind in (int, float, bool, str, list, dict, tuple)},
+    "LossScale": LossScale,
     "None": None,
 }
 REQUIRED = object()

@@ -49,7 +49,7 @@ def test_every_model_group_builds_its_width(name: str) -> None:
     assert model.width == {"050": 0.5, "100": 1.0, "130": 1.3}[name[-3:]]
 
 
-@pytest.mark.parametrize("name", groups.options("optim"))
+@pytest.mark.parametrize("name", [name for name in groups.options("optim") if not name.startswith("npu_")])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16", "o2"])
 def test_every_optimizer_takes_a_step_in_every_precision(name: str, amp: str) -> None:
     cfg = checked(f"optim={name}", f"amp={amp}")

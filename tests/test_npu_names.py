@@ -81,8 +81,8 @@ def test_names_are_collected_however_device_takes_them():
         "torch.npu.is_available",
         "torch.npu.set_compile_mode",
         "torch.npu.config.allow_internal_format",
-        "torch.npu.amp.GradScaler",
         "torch_npu.npu.utils.is_support_inf_nan",
+        "torch_npu.npu_get_float_status",
         # through _module()
         "torch.npu.device_count",
         "torch.npu.get_device_name",
@@ -163,6 +163,10 @@ class Package:
                     if (alias.asname or alias.name) == name or (alias.name == "*" and name in self.public(source)):
                         wanted = name if alias.name == "*" else alias.name
                         return self.module(f"{source.module}.{wanted}") or self.attribute(source, wanted)
+        # Operators of C++ are put into the package when it is imported, and have their documentation in one module.
+        documented = self.texts.get(f"{owner.module}/_op_plugin_docs.py", "")
+        if f'_add_torch_npu_docstr(\n    "{name}",' in documented:
+            return Thing(owner.module, owner.node)
         # A submodule is an attribute once anything has imported it.
         submodule = self.module(f"{owner.module}.{name}")
         return submodule if submodule and self.mentions(submodule.module, r"\b(from|import) +%s\b") else None

@@ -753,10 +753,14 @@ void change_data_ptr(const OperatorHandle&, Stack* stack) {
   const int64_t index = torch::jit::pop(*stack).toInt();
   Tensor from = torch::jit::pop(*stack).toTensor(), tensor = torch::jit::pop(*stack).toTensor();
   auto* storage = tensor.storage().unsafeGetStorageImpl();
-  char* data = static_cast<char*>(from.storage().mutable_data()) + index * static_cast<int64_t>(from.element_size());
-  auto* kept = new c10::Storage(from.storage());
-  storage->set_data_ptr_noswap(
-      c10::DataPtr(data, kept, [](void* pointer) { delete static_cast<c10::Storage*>(pointer); }, storage->device()));
+  auto* whole = new c10::Storage(host_storage(from.storage()));
+  char* data = static_cast<char*>(whole->mutable_data()) + index * static_cast<int64_t>(from.element_size());
+  c10::DataPtr part(
+      data, whole, [](void* pointer) { delete static_cast<c10::Storage*>(pointer); }, Device(c10::kCPU));
+  c10::Storage host = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), storage->nbytes(), std::move(part), nullptr, false);
+  auto* block = new Block{std::move(host), 0, storage->device().index()};
+  storage->set_data_ptr_noswap({data, block, &release, storage->device()});
 }
 void card(const OperatorHandle&, Stack* stack) {
   const auto index = static_cast<DeviceIndex>(torch::jit::pop(*stack).toInt());
