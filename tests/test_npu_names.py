@@ -165,7 +165,7 @@ class Package:
                         return self.module(f"{source.module}.{wanted}") or self.attribute(source, wanted)
         # Operators of C++ are put into the package when it is imported, and have their documentation in one module.
         documented = self.texts.get(f"{owner.module}/_op_plugin_docs.py", "")
-        if f'_add_torch_npu_docstr(\n    "{name}",' in documented:
+        if re.search(rf'_add_torch_npu_docstr\(\s*"{re.escape(name)}",', documented):
             return Thing(owner.module, owner.node)
         # A submodule is an attribute once anything has imported it.
         submodule = self.module(f"{owner.module}.{name}")
