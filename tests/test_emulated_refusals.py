@@ -1,5 +1,11 @@
 """What the stand-in torch_npu refuses and costs as the real wheels do; each test in its own process."""
 
+import contextlib
+import copy
+import io
+import os
+import pickle
+import re
 import sys
 
 import pytest
@@ -7,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.test_emulated_npu import apart, difference, load
+from tests.test_emulated_npu import apart, difference, load, python
 
 pytestmark = pytest.mark.slow
 NOT_SUPPORTED = r"\n\[ERROR\] [-:\d]+ \(PID:\d+, Device:0, RankID:-1\) ERR01007 OPS feature not supported"
@@ -121,6 +127,64 @@ def test_a_first_generation_card_lacks_the_fused_kernels_and_loops_over_lists():
     assert difference(before["ops"], after["ops"])["aten::_foreach_mul_.Scalar"] == 3
     flags = {"aten::_amp_foreach_non_finite_check_and_unscale_": 1}  # of the card's overflow flag
     assert difference(before["synchronizations"], after["synchronizations"]) == flags
+
+
+def graphed():
+    return torch.npu.make_graphed_callables(nn.Linear(2, 2).to("npu"), (torch.ones(1, 2, device="npu"),))
+
+
+def captured():
+    with torch.npu.graph(torch.npu.NPUGraph()):
+        pass
+
+
+@apart
+def test_graphs_refuse_the_task_queue_of_level_2_and_are_not_emulated_otherwise():
+    load(TASK_QUEUE_ENABLE="2")
+    refused = "Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture, please export TASK_QUEUE_ENABLE=1/0."
+    ending = NOT_SUPPORTED.replace("ERR01007 OPS", "ERR00007 PTA")
+    for action in (graphed, captured):
+        os.environ["TASK_QUEUE_ENABLE"] = "2"
+        with pytest.raises(RuntimeError, match=f"^{refused}{ending}$"):
+            action()
+        del os.environ["TASK_QUEUE_ENABLE"]
+        with pytest.raises(NotImplementedError, match="the stand-in for torch_npu captures no graphs"):
+            action()
+    with torch.autocast("npu"), pytest.raises(RuntimeError, match="does not support the autocast caching"):
+        graphed()
+
+
+def test_without_triton_torch_compile_ends_in_an_error_and_npugraphs_is_a_backend():
+    code = "import torch, torch_npu; torch.compile(lambda x: x.relu() * 2, backend={!r})(torch.ones(2, device='npu'))"
+    for backend, error in (
+        ("inductor", r"InductorError: \w+: 'npu'"),
+        ("npugraphs", "the stand-in for torch_npu captures no graphs"),
+    ):
+        result = python("-W", "default", "-c", code.format(backend))
+        assert result.returncode == 1
+        assert re.search(error, result.stderr), result.stderr
+
+
+@apart
+def test_a_copied_buffer_warns_once_and_a_pickled_tensor_prints_a_line_once():
+    load()
+    model = nn.BatchNorm1d(2)  # on the host: it's all the same to the real one
+    with pytest.warns(UserWarning, match="TypedStorage is deprecated"):
+        copy.deepcopy(model)
+    copy.deepcopy(model.to("npu"))
+    copy.deepcopy(nn.Linear(2, 2))  # parameters have storages of their own by other means
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for _ in range(2):
+            assert torch.equal(pickle.loads(pickle.dumps(torch.ones(1))), torch.ones(1))
+    [line] = printed.getvalue().splitlines()
+    assert '"_use_new_zipfile_serialization = False" is not recommended for NPU tensors' in line
+
+
+@pytest.mark.parametrize("setting", [{"RANK": "1"}, {"TORCH_NPU_WARNING_DISABLE": "1"}], ids=str)
+def test_the_line_about_pickled_tensors_is_the_first_ranks_and_can_be_switched_off(setting):
+    code = "import pickle, torch, torch_npu; pickle.dumps(torch.ones(1))"
+    assert python("-c", code).stdout.startswith("Warning: torch.save")
+    assert python("-c", code, **setting).stdout == ""
 
 
 if __name__ == "__main__":

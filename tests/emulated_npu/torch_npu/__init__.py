@@ -12,7 +12,7 @@ the host wait for a real card is counted.  The modules:
 
 - `_runtime`: builds, loads and registers guard.cpp.
 - `counters`: what ran, in this process (`snapshot()`, `mark(name)`) or in a report at its end.
-- `npu`: the module `torch.npu`, with `npu.utils` and `npu.amp`.
+- `npu`: the module `torch.npu`, with `npu.utils`, `npu.amp` and, as far as they refuse, `npu.graphs`.
 - `distributed`: the process group `hccl`, over gloo.
 - `_float_status`: the flag that an overflow raises on a first-generation card.
 - `optim`: NpuFusedSGD.

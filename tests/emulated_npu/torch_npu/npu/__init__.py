@@ -4,18 +4,31 @@ import types
 
 import torch
 
-from torch_npu import _runtime
+from torch_npu import _runtime, _storage
 from torch_npu.npu import _options, utils
 from torch_npu.npu._options import set_compile_mode
+from torch_npu.npu.graphs import NPUGraph, graph, make_graphed_callables
 from torch_npu.npu.utils import _lazy_init, is_bf16_supported
 
+_storage.register()
 library = _runtime.library
 TOTAL_MEMORY = 64 << 30
 config = _options.Config()
 conv = _options.AllowHF32("conv", True)
 matmul = _options.AllowHF32("matmul", False)
 
-__all__ = ["amp", "config", "conv", "is_bf16_supported", "matmul", "set_compile_mode", "utils"]
+__all__ = [
+    "NPUGraph",
+    "amp",
+    "config",
+    "conv",
+    "graph",
+    "is_bf16_supported",
+    "make_graphed_callables",
+    "matmul",
+    "set_compile_mode",
+    "utils",
+]
 
 # ---------------------------------------------------------------- devices
 
