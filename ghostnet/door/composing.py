@@ -161,7 +161,7 @@ def _composing_fault(word: str | None, error: Exception) -> Fault:
     """Why composing failed with one more choice, or with none."""
     keys = (parsed(word).key_or_group,) if word else ()
     said = f"{word}: " if word else ""
-    chosen = CONF / keys[0] / f"{parsed(word).value()}.yaml" if word else None
+    chosen = CONF / parsed(word).key_or_group / f"{parsed(word).value()}.yaml" if word else None
     if not isinstance(error, HydraException) and (fault := unreadable(error, chosen)):
         return Fault((), fault)
     if isinstance(error, MissingConfigException) and (file := error.missing_cfg_file):

@@ -96,7 +96,8 @@ def lines(path: Path) -> dict[str, Line]:
 
     ConfigError with its name and the line if it can't be read, is no YAML or holds no keys.
     """
-    text, found = content(path), {}
+    text = content(path)
+    found: dict[str, Line] = {}
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
