@@ -287,8 +287,6 @@ def check(name: str, config: Config) -> list[Fault]:
                     found += _target_faults(inner, f"{group}.{key}.", {})
         else:
             found += _target_faults(node, f"{group}.", fields(ModelExtras) if group == "model" else {})
-    if "local" in config:
-        found = [Fault(("local",), "conf/local/default.yaml: its first line must be '# @package _global_'.")]
     return found + conflicts(dict(flat(config)))
 
 

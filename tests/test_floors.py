@@ -8,8 +8,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 FLOORS = [
-    {"errors", "installed", "door.groups", "door.drivers", "secrets", "watchdog", "output", "interrupts"},
-    {"schema", "disk", "starters"},
+    {"errors", "installed", "door.drivers", "secrets", "watchdog", "output", "interrupts"},
+    {"schema", "disk", "starters", "door.groups", "door.typed"},
     {"door.conflicts", "door.origins"},
     {"device", "seeding", "seal"},
     {"distributed", "models", "optim", "ema"},

@@ -18,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ghostnet.config import Config, check, flat, resolved, unresolved
-from ghostnet.door.groups import CONF, groups, options
+from ghostnet.door.groups import CONF, OPTIONAL, groups, lacks_header, options, unreadable
 from ghostnet.door.origins import Origins, Source
 from ghostnet.door.words import first_line, group_fault, has_key, is_choice, parsed, unknown_key
 from ghostnet.schema import Fault, did_you_mean
 
-ERRORS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError, ValueError, TypeError)
-"""What composing raises for faults of a user; the last two for numbers in the place of options."""
+ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError)
+"""What composing raises for faults of a user; the last three for files that can't be read, or hold no keys, and for
+numbers in the place of options."""
 Look = Callable[[Config, DictConfig], list[Fault]]
 """What is wrong with a job beside its config, from that and Hydra's own: files that are not there."""
 
@@ -116,6 +117,10 @@ class Composer:
         assert cfg is not None
         cfg = copy.deepcopy(cfg)
         hydra = cfg.hydra
+        if set(OPTIONAL) & set(cfg):  # what their files set has landed there
+            sources = [source for source in self.sources(tuple(good)) if source.package.partition(".")[0] in OPTIONAL]
+            headless = [Fault((), lacks_header(source.path)) for source in sources]
+            return _Base(None, hydra, [*faults.values(), *headless], good)
         with open_dict(cfg):
             del cfg["hydra"]
         return _Base(cfg, hydra, list(faults.values()), good)
@@ -159,12 +164,11 @@ def _composing_fault(word: str | None, error: Exception) -> Fault:
     """Why composing failed with one more choice, or with none."""
     keys = (parsed(word).key_or_group,) if word else ()
     said = f"{word}: " if word else ""
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark
-        where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
-        return Fault((), f"{where}: {error.problem}.")
+    chosen = CONF / parsed(word).key_or_group / f"{parsed(word).value()}.yaml" if word else None
+    if not isinstance(error, HydraException) and (fault := unreadable(error, chosen)):
+        return Fault((), fault)
     if isinstance(error, MissingConfigException) and (file := error.missing_cfg_file):
-        group, _, option = str(file).rpartition("/")
+        group, _, option = str(file).partition("/")
         known = options(group) if group in groups() else []
         if known:
             chosen = parsed(word) if word else None

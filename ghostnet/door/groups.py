@@ -1,5 +1,6 @@
 """The files of conf/: groups, their options, and what their comments and lines say of each key."""
 
+import contextlib
 import functools
 import re
 from dataclasses import dataclass
@@ -7,7 +8,13 @@ from pathlib import Path
 
 import yaml
 
+from ghostnet.errors import ConfigError
+
 CONF = Path(__file__).parent.parent.parent / "conf"
+OPTIONAL = ("experiment", "local")
+"""Groups that a config does without; their files set keys of the whole config."""
+GLOBAL = "# @package _global_"
+"""The first line of those files."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,11 @@ def hydra_groups() -> list[str]:
 
 
 def options(group: str) -> list[str]:
-    """The choices of a group."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """Return the choices of a group, hidden files (._x.yaml of a Mac) left out; experiments may lie in folders."""
+    home = CONF / group
+    found = home.rglob("*.yaml") if group == "experiment" else home.glob("*.yaml")
+    names = (path.relative_to(home).with_suffix("") for path in found)
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 @functools.cache
@@ -44,33 +54,102 @@ def targets(key: str) -> list[str]:
     An option's file names it below its group; one of an experiment, of this machine or of a program, in full.
     """
     group, _, inner = key.partition(".")
-    own = [(path, inner) for path in sorted((CONF / group).glob("*.yaml"))]
-    whole = [*CONF.glob("*.yaml"), *CONF.glob("experiment/*.yaml"), *CONF.glob("local/*.yaml")]
-    found = [lines(path).get(name) for path, name in [*own, *((path, key) for path in whole)] if _names_any(path)]
+    own = [(CONF / group / f"{option}.yaml", inner) for option in options(group)]
+    whole = [CONF / kind / f"{option}.yaml" for kind in OPTIONAL for option in options(kind)]
+    places = [*own, *((path, key) for path in [*CONF.glob("*.yaml"), *whole])]
+    found = [readable(path).get(name) for path, name in places if _names_any(path)]
     return sorted({line.value.strip("'\"") for line in found if line and line.value})
 
 
 @functools.cache
 def _names_any(path: Path) -> bool:
-    return "_target_" in path.read_text(encoding="utf-8")
+    with contextlib.suppress(ConfigError):
+        return "_target_" in content(path)
+    return False
 
 
 def heading(group: str, option: str) -> str:
-    """What an option says of itself: its first comment, '' where it has none."""
-    text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
+    """Return what an option says of itself, its first comment; '' if it has none, or why it can't be read."""
+    try:
+        text = content(CONF / group / f"{option}.yaml")
+    except ConfigError as error:
+        return str(error)
     comments = (line[1:].strip() for line in text.splitlines() if line.startswith("#"))
     return next((comment for comment in comments if not comment.startswith("@package")), "")
 
 
 @functools.cache
+def content(path: Path) -> str:
+    """Return the text of a file of conf/; ConfigError with its name, and the line, if it can't be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{shown(path)}, line {number}: is not UTF-8. Save the file as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{shown(path)}: {error.strerror}.") from None
+
+
+@functools.cache
 def lines(path: Path) -> dict[str, Line]:
-    """The dotted keys of a YAML file, nodes and leaves, in their order; but for the defaults list."""
-    text = path.read_text(encoding="utf-8")
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    """Return the dotted keys of a YAML file, nodes and leaves, in their order, without the defaults list.
+
+    ConfigError with its name and the line if it can't be read, is no YAML or holds no keys.
+    """
+    text = content(path)
     found: dict[str, Line] = {}
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        number = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{shown(path)}, line {number}: {error.problem}.") from None
+    except yaml.reader.ReaderError as error:
+        number = text[: error.position].count("\n") + 1
+        raise ConfigError(f"{shown(path)}, line {number}: {error.reason}.") from None
     if isinstance(root, yaml.MappingNode):
         _read(root, "", text.splitlines(), found)
+    elif root is not None:
+        raise ConfigError(f"{shown(path)}, line {root.start_mark.line + 1}: key: value is expected.")
     return {key: line for key, line in found.items() if key != "defaults"}
+
+
+def readable(path: Path) -> dict[str, Line]:
+    """Return lines() of a file that a command need not have chosen: nothing if it can't be read."""
+    with contextlib.suppress(ConfigError):
+        return lines(path)
+    return {}
+
+
+def shown(path: Path) -> str:
+    """Return a path as messages have it: conf/experiment/mine.yaml."""
+    return str(path.relative_to(CONF.parent)) if path.is_relative_to(CONF.parent) else str(path)
+
+
+def lacks_header(path: Path) -> str:
+    """Return what to mend in a file of an OPTIONAL group that Hydra does not take for keys of the whole config."""
+    if content(path).startswith(f"\ufeff{GLOBAL}"):
+        return f"{shown(path)}, line 1: a byte order mark (BOM) hides {GLOBAL!r}. Save the file as UTF-8 without BOM."
+    return f"{shown(path)}, line 1: must be {GLOBAL!r}, else its keys are not those of the whole config."
+
+
+def unreadable(error: Exception, chosen: Path | None = None) -> str | None:
+    """Return what is wrong with the file of conf/ that Hydra could not read, None if that was not the cause.
+
+    chosen: the file of the word that was composed, for errors that name none.
+    """
+    paths = [chosen] if chosen else []
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        paths = [Path(error.problem_mark.name)]
+    elif isinstance(error, yaml.reader.ReaderError):
+        paths = [Path(error.name)]
+    elif isinstance(error, UnicodeDecodeError):  # it has the bytes, but no name
+        paths = [path for path in CONF.rglob("*.yaml") if error.object in path.read_bytes()]
+    for path in paths:
+        try:
+            lines(path)
+        except ConfigError as fault:
+            return str(fault)
+    return None
 
 
 def _read(node: yaml.MappingNode, prefix: str, text: list[str], found: dict[str, Line]) -> None:

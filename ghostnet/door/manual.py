@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ghostnet.door.groups import CONF, Line, groups, heading, hydra_groups, lines, options
+from ghostnet.door.groups import CONF, OPTIONAL, Line, content, groups, heading, hydra_groups, lines, options, readable
 
 WIDTH = 118
 NAME = 34
@@ -24,20 +24,21 @@ def page(name: str, usage: str, words: Sequence[str] = ()) -> str:
 
 
 @functools.cache
-def settings() -> list[str]:
-    """Every key that can be given, dotted, those of the primary config first."""
-    found = list(lines(CONF / "train.yaml"))
-    for group in groups():
-        for option in options(group) if group != "experiment" else ():
-            found += [f"{group}.{key}" for key in lines(CONF / group / f"{option}.yaml")]
-    return list(dict.fromkeys(found))
+def settings(name: str) -> list[str]:
+    """Return every key of a program, dotted, those of its primary config first, and the names of its groups."""
+    primary = CONF / f"{name}.yaml"
+    found, own = list(lines(primary)), [group for group in _defaults(primary) if group in groups()]
+    for group in own:
+        for option in options(group) if group not in OPTIONAL else ():
+            found += [f"{group}.{key}" for key in readable(CONF / group / f"{option}.yaml")]
+    return list(dict.fromkeys([*found, *own]))
 
 
 def _defaults(path: Path) -> dict[str, str]:
     """The groups of a config's defaults list and the options that it takes, '' for none."""
     if not path.is_file():
         return {}
-    head = re.split(r"^\S", path.read_text(encoding="utf-8").partition("defaults:\n")[2], maxsplit=1, flags=re.M)[0]
+    head = re.split(r"^\S", content(path).partition("defaults:\n")[2], maxsplit=1, flags=re.M)[0]
     found = re.findall(r"^\s*-\s+(?:optional\s+|override\s+)?/?([\w/]+)(?:@\S+)?:\s*(\S+)", head, flags=re.M)
     return {group: "" if option == "null" else option for group, option in found}
 

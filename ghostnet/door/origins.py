@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghostnet.door.groups import CONF, lines
+from ghostnet.door.groups import content, lines, shown
 
 COMMAND = "the command"
 
@@ -46,21 +46,17 @@ class Origins:
             other = re.fullmatch(r"\$\{([\w.]+)\}", (line.value or "").strip("\"'"))
             if other and other[1] not in seen:
                 yield from self._places(other[1], seen | {other[1]})
-            yield f"{_shown(source.path)}, line {line.number}"
+            yield f"{shown(source.path)}, line {line.number}"
         yield from self._chosen(key)
         # A key that is missing: the file of the node that lacks it.
         if parent := key.rpartition(".")[0]:
-            yield from (_shown(source.path) for source in reversed(self.sources) if source.package == parent)
+            yield from (shown(source.path) for source in reversed(self.sources) if source.package == parent)
             yield from self._places(parent, seen | {parent})
 
     def _chosen(self, group: str) -> Iterator[str]:
         """The files that choose an option of a group in their defaults."""
         choice = re.compile(rf"\s*-\s+(override\s+)?/?{re.escape(group)}(@\S+)?:")
         for source in reversed(self.sources):
-            for number, text in enumerate(source.path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, text in enumerate(content(source.path).splitlines(), 1):
                 if choice.match(text):
-                    yield f"{_shown(source.path)}, line {number}"
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(CONF.parent)) if path.is_relative_to(CONF.parent) else str(path)
+                    yield f"{shown(source.path)}, line {number}"

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.config import Config
 from ghostnet.door.composing import ERRORS, Composer, Look
-from ghostnet.door.groups import CONF
-from ghostnet.door.words import OPTIONAL, first_line, parsed
+from ghostnet.door.groups import CONF, OPTIONAL
+from ghostnet.door.words import first_line, parsed
 from ghostnet.errors import ConfigError
 from ghostnet.experiments.grid import SweepJob, jobs_at_the_door, words_of
 from ghostnet.experiments.sweeps import plugin_faults, register

@@ -12,11 +12,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from ghostnet.config import OWN_SCHEMAS, flat, unresolved
-from ghostnet.door.groups import CONF, groups, options
+from ghostnet.door.groups import CONF, OPTIONAL, groups, options, readable
 from ghostnet.schema import Fault, did_you_mean
-
-OPTIONAL = ("experiment", "local")
-"""Groups that a config does without."""
 
 
 @functools.cache
@@ -35,7 +32,8 @@ def group_fault(name: str, override: Override) -> Fault | None:
     """What is wrong with a choice."""
     group, value = override.key_or_group, override.value()
     if group == "hydra.searchpath":
-        return None
+        text = "hydra.searchpath: this program reads its own conf/ alone. Put the files there, in conf/experiment/ …"
+        return Fault((group,), text)
     known = _hydra_options(group) if group.startswith("hydra/") else options(group)
     listed = f"There are: {', '.join(known)}."
     if group in OWN_SCHEMAS.get(name, {}):
@@ -90,7 +88,8 @@ def unknown_key(name: str, base: DictConfig, override: Override) -> Fault:
         siblings = [str(k) for k in node if k != "_target_"]
         group, _, path = key.partition(".")
         choices = [] if group in OWN_SCHEMAS.get(name, {}) else options(group)
-        if homes := [f"{group}={option}" for option in choices if _in_option(group, option, path)]:
+        homes = [f"{group}={option}" for option in choices if path in readable(CONF / group / f"{option}.yaml")]
+        if homes:
             return Fault((key,), f"{key}: not a key of the chosen {group}, but of {', '.join(homes)}.")
         near = did_you_mean(leaf, siblings).replace("mean ", f"mean {parent}.")
         return Fault((key,), f"{key}: no such key.{near} {parent} has: {', '.join(siblings) or 'no keys'}.")
@@ -100,13 +99,6 @@ def unknown_key(name: str, base: DictConfig, override: Override) -> Fault:
     hint = f" Did you mean {same[0]}?" if same and not parent else did_you_mean(key, [*known, *groups()])
     has = f" The config has: {', '.join(map(str, base))}; each is explained by --help." if not hint else ""
     return Fault((key,), f"{key or override.input_line}: no such key.{hint}{has}")
-
-
-@functools.cache
-def _in_option(group: str, option: str, path: str) -> bool:
-    """Whether an option of a group has the dotted key."""
-    cfg = OmegaConf.load(CONF / group / f"{option}.yaml")
-    return isinstance(cfg, DictConfig) and has_key(cfg, path)
 
 
 def first_line(error: BaseException) -> str:

@@ -42,10 +42,14 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     # Hydra's own parser wants flags before the words, or after all of them.
     words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     sys.argv[1:] = words
-    args = arguments()
+    args = arguments(name)
     if args.help:
         output.end_with_reader()
-        print(manual.page(name, sys.modules["__main__"].__doc__ or "", args.overrides))
+        try:
+            print(manual.page(name, sys.modules["__main__"].__doc__ or "", args.overrides))
+        except ConfigError as error:  # a file that is chosen can't be read
+            say(f"error: {error}")
+            sys.exit(1)
         return
     asks = args.hydra_help or args.shell_completion or args.info or args.cfg
     if trains and not asks:
