@@ -334,7 +334,7 @@ WAY_BACK = [
     ["experiment=full_8p", "schedule.cooldown_epochs=10", "amp.loss_scale=128"],
     ["experiment=full_1p", "schedule.cooldown_epochs=2", "amp.loss_scale=128", "epochs=40"],
     ["experiment=full_1p", "schedule.cooldown_epochs=10", "epochs=40"],
-    ["experiment=performance_1p", "amp.loss_scale=128"],
+    ["experiment=performance_1p", "amp.loss_scale=128", "eval_every=1"],
     ["experiment=performance_1p", "device.ids=[2]"],
     ["experiment=full_8p", "epochs=90", "optim.lr=0.5", "model=ghostnet_130", "data.augment.hflip=0.1"],
     [
