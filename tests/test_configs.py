@@ -83,8 +83,15 @@ def test_npu_devices_come_with_o2_unless_another_precision_is_named() -> None:
     assert checked("device=cpu")["amp"]["_target_"] == "ghostnet.amp.Amp"
 
 
-def test_full_8p_is_the_published_recipe() -> None:
-    cfg = checked("experiment=full_8p")
+OF_PYTORCH_1_5 = ("schedule.cooldown_epochs=10", "amp.loss_scale=128")
+"""What makes an experiment that of the reference's version for PyTorch 1.5: those that the files name."""
+
+
+@pytest.mark.parametrize(("words", "cooldown", "scale"), [((), 2, "dynamic"), (OF_PYTORCH_1_5, 10, 128.0)])
+def test_full_8p_is_the_published_recipe_of_either_version(
+    words: tuple[str, ...], cooldown: int, scale: float | str
+) -> None:
+    cfg = checked("experiment=full_8p", *words)
     published = {
         "epochs": 400, "seed": 42, "label_smoothing": 0.1, "clip_grad_norm": 2.0, "accumulate": 1, "ema_decay": 0.0,
         "model.width": 1.0, "model.dropout": 0.2, "data.batch_size": 1024, "data.eval_batch_size": 512,
@@ -92,10 +99,44 @@ def test_full_8p_is_the_published_recipe() -> None:
         "data.augment.scale": [0.08, 1.0], "data.augment.hflip": 0.5, "data.augment.color_jitter": 0.4,
         "optim._target_": "ghostnet.optim.fused_sgd", "optim.lr": 0.4, "optim.momentum": 0.9,
         "optim.weight_decay": 4e-5, "schedule.warmup_epochs": 4, "schedule.warmup_lr": 1e-6,
-        "schedule.min_lr": 1e-5, "schedule.cooldown_epochs": 10, "amp.loss_scale": 128.0, "device.count": 8,
+        "schedule.min_lr": 1e-5, "schedule.cooldown_epochs": cooldown, "amp.loss_scale": scale, "device.count": 8,
     }  # fmt: skip
     values = dict(config.flat(cfg))
     assert {key: values[key] for key in published} == published
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "target", "words_of_1_5", "target_of_1_5"),
+    [
+        ("full_1p", (10, 2, "dynamic", 1), "1,379 img/s", OF_PYTORCH_1_5, None),
+        (
+            "full_8p",
+            (400, 2, "dynamic", 8),
+            "73.129 % top-1 at 9,559 img/s",
+            OF_PYTORCH_1_5,
+            "73.3796 % at 4,329 img/s",
+        ),
+        ("performance_1p", (2, 0, "dynamic", 1), "1,379 img/s", OF_PYTORCH_1_5[1:], None),
+        ("performance_8p", (2, 0, "dynamic", 8), "9,559 img/s", OF_PYTORCH_1_5[1:], "4,329 img/s"),
+    ],
+)
+def test_an_experiment_has_the_settings_of_the_target_beside_it_and_names_the_other_version_s(
+    name: str, values: tuple[object, ...], target: str, words_of_1_5: tuple[str, ...], target_of_1_5: str | None
+) -> None:
+    got = dict(config.flat(checked(f"experiment={name}")))
+    assert tuple(got[k] for k in ("epochs", "schedule.cooldown_epochs", "amp.loss_scale", "device.count")) == values
+    head = (groups.CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    (line,) = [line for line in head.splitlines() if "Target: " in line]
+    assert target in line
+    assert "PyTorch 1.8" in line
+    (line,) = [line for line in head.splitlines() if "PyTorch 1.5" in line]
+    assert f": {' '.join(words_of_1_5)};" in line
+    assert "no numbers" in line if target_of_1_5 is None else target_of_1_5 in line
+
+
+@pytest.mark.parametrize("name", ["o2", "apex"])
+def test_o2_has_the_dynamic_scale_of_apex_s_default(name: str) -> None:
+    assert checked(f"amp={name}")["amp"]["loss_scale"] == "dynamic"
 
 
 FAULTS = {

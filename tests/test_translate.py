@@ -10,8 +10,8 @@ import pytest
 from ghostnet.config import flat
 from ghostnet.door.overrides import check_command
 from ghostnet.errors import ConfigError
-from ghostnet.tools.translate.command import ITSELF, NONE, NOTE, NOTHING, WARNING, translate
-from ghostnet.tools.translate.flags import FLAGS, RECIPE, SCRIPTS
+from ghostnet.tools.translate.command import ITSELF, NONE, NOTE, NOTHING, VERSION, WARNING, translate
+from ghostnet.tools.translate.flags import FLAGS, RECIPE, SCRIPTS, VERSIONS
 from ghostnet.tools.translate.inverse import reference
 from ghostnet.tools.translate.shell import parse
 from tests.conftest import REPOSITORY, environment
@@ -108,20 +108,86 @@ def test_the_evaluation_script_is_evaluate():
     assert check_command("evaluate", shlex.split(line)[2:], multirun=False).jobs[0]["ckpt"] == "a b.pth.tar"
 
 
+OWN = {"1.5": (10, 128.0), "1.8": (2, "dynamic")}
+"""Cool-down epochs and loss scale of the reference's versions."""
+
+
+@pytest.mark.parametrize("version", OWN)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_line_that_a_script_runs_gives_the_config_of_its_experiment(script):
+def test_a_script_has_the_values_of_the_version_that_is_asked_for(script, version):
+    done = call(f"--version={version}", f"bash ./test/{script} --data_path=/data/x")
+    assert (done.returncode, done.stderr) == (0, "")
+    got = dict(flat(config(shlex.split(done.stdout.splitlines()[0])[2:])))
+    cooldown, scale = OWN[version]
+    expected = dict(flat(config([f"experiment={SCRIPTS[script][2]}", "data.root=/data/x"])))
+    expected |= {"schedule.cooldown_epochs": 0 if "performance" in script else cooldown, "amp.loss_scale": scale}
+    assert got == expected
+    assert f"PyTorch {version}, as --version={version} says" in done.stdout
+    assert {"1.5": "73.3796 % at 4,329 img/s", "1.8": "73.129 % at 9,559 img/s"}[version] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "version", "why"),
+    [
+        ("python3.7 -u train_ghostnet_1p.py /d --amp", "1.5", "told by python3.7"),
+        ("python3 train_ghostnet_1p.py /d --amp", "1.8", "told by python3"),
+        ("source ${test_path_dir}/env.sh; python a.py /d --amp", "1.5", "told by env.sh"),
+        ("source test/env_npu.sh\nnohup python3 a.py /d --amp", "1.8", "told by env_npu.sh and python3"),
+        (
+            "source test/env_npu.sh; python3.7 a.py /d --amp",
+            "1.8",
+            "assumed: env_npu.sh and python3.7 are of different",
+        ),
+        ("python a.py /d --amp", "1.8", "assumed: nothing in the line tells it; --version=1.5 takes the other"),
+        ("python3 a.py /d --amp --version=1.5", "1.5", "as --version=1.5 says"),
+        ("--version=1.8 python3.7 a.py /d --amp", "1.8", "as --version=1.8 says"),
+    ],
+)
+def test_the_version_is_told_with_the_word_that_tells_it_and_its_values_are_taken(text, version, why):
+    assert f"PyTorch {version}, {why}" in about(text, VERSION)[0][1]
+    values = dict(flat(config(command(text).words)))
+    assert (values["schedule.cooldown_epochs"], values["amp.loss_scale"]) == OWN[version]
+
+
+def test_a_cool_down_that_is_given_holds_in_either_version():
+    for version, (_, scale) in OWN.items():
+        values = dict(flat(config(command(f"python a.py /d --amp --cooldown-epochs 5 --version={version}").words)))
+        assert (values["schedule.cooldown_epochs"], values["amp.loss_scale"]) == (5, scale)
+
+
+def test_both_versions_evaluate_alike():
+    text = "source test/env.sh; python3 validate_ghostnet.py /d --checkpoint a --amp"
+    assert about(text, VERSION) == [("", "both evaluate alike")]
+    assert command(f"{text} --version=1.5").words == command(text).words
+
+
+@pytest.mark.parametrize("word", ["--version=2", "--version=", "--version"])
+def test_another_version_is_refused(word):
+    done = call("bash test/train_full_8p.sh --data_path=/d", word)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {word}: the reference has --version=1.5 and --version=1.8.\n"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_line_that_a_script_runs_gives_the_config_of_its_experiment(script, version):
     cards, own, experiment = SCRIPTS[script]
     flags = RECIPE | own | {"--lr": 0.4 * cards, "--num-classes": 1000}
     words = [f"{name} {value}" if value is not True else name for name, value in flags.items()]
     loop = f"for i in $(seq 0 {cards - 1}); do taskset -c 0-9 " if cards > 1 else ""
     ranks = f"--world_size {cards} --local_rank $i & done" if cards > 1 else "--npu 0"
-    found = command(f"{loop}nohup python3.7 -u train_ghostnet_{cards}p.py /data/x {' '.join(words)} -j 24 {ranks}")
+    found = command(
+        f"{loop}nohup {VERSIONS[version].python} -u train_ghostnet_{cards}p.py /data/x {' '.join(words)} -j 24 {ranks}"
+    )
     got, wanted = (dict(flat(config(w))) for w in (found.words, [f"experiment={experiment}", "data.root=/data/x"]))
     differ = {key: (got[key], wanted[key]) for key in wanted if got[key] != wanted[key]}
     expected = {"model.num_classes": (1000, None), "data.workers": (24, None)}
     # Documented at the experiments: epochs of the README, one evaluation of a performance run, no cool-down of its own.
     expected |= {"epochs": (40, 10)} if script == "train_full_1p.sh" else {}
     expected |= {"eval_every": (1, 2)} if "performance" in script else {}
+    if version == "1.5":
+        expected |= {"amp.loss_scale": (128.0, "dynamic")}
+        expected |= {"schedule.cooldown_epochs": (10, 2)} if "full" in script else {}
     assert differ == expected
 
 
@@ -265,6 +331,10 @@ def test_it_starts_without_torch():
 
 WAY_BACK = [
     ["experiment=full_8p"],
+    ["experiment=full_8p", "schedule.cooldown_epochs=10", "amp.loss_scale=128"],
+    ["experiment=full_1p", "schedule.cooldown_epochs=2", "amp.loss_scale=128", "epochs=40"],
+    ["experiment=full_1p", "schedule.cooldown_epochs=10", "epochs=40"],
+    ["experiment=performance_1p", "amp.loss_scale=128", "eval_every=1"],
     ["experiment=performance_1p", "device.ids=[2]"],
     ["experiment=full_8p", "epochs=90", "optim.lr=0.5", "model=ghostnet_130", "data.augment.hflip=0.1"],
     [
@@ -298,6 +368,8 @@ def test_what_the_reference_can_t_do_is_listed():
     for word in ("device.kind=cuda", "amp=bf16", "ema_decay", "accumulate=2", "compile=true", "schedule.interval"):
         assert any(why.startswith(word) for why in unable), word
     assert reference(config(["data=samples"]), classes=10)[0] is None
+    _, unable = reference(config(["device=npu_1p", "amp.loss_scale=64", "data.root=/d"]), classes=10)
+    assert any(why.startswith("amp.loss_scale: its O2 has dynamic") and "128" in why for why in unable)
 
 
 def test_notes_name_what_differs_from_the_script():

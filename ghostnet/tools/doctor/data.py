@@ -12,7 +12,7 @@ from typing import Any
 from ghostnet.tools.doctor.finding import FAIL, OK, WARN, Case, Finding, Findings, first_line
 
 REFERENCE = {1: 1379.0, 8: 9559.0}
-"""img/s that so many cards take: Ascend ModelZoo, GhostNet for PyTorch."""
+"""img/s that so many cards take: Ascend ModelZoo, GhostNet for PyTorch 1.8."""
 MEASURED = 3.0
 """Seconds for which the loader is measured."""
 

@@ -16,6 +16,7 @@ from ghostnet.tools.translate.flags import OPTIMIZERS, OWN_OF, SCRIPTS
 from ghostnet.tools.translate.shell import UNKNOWN, Line
 
 NOTHING, ITSELF, NONE, WARNING, NOTE = "did nothing there", "here by itself", "no home here", "warning", "note"
+VERSION = "version"
 HEADINGS = {"nothing": NOTHING, "itself": ITSELF, "none": NONE}
 IMAGES_PER_LR = 1024
 """optim.lr is given for so many images a step; the reference's --lr for the global batch, whatever it is."""
@@ -42,6 +43,7 @@ def translate(line: Line) -> Command:
         word = word.replace(UNKNOWN, "")
         way_out = f"no flag of its: left out. {near}" if word.startswith("-") else "left out: the data path was given"
         command.remarks.append((WARNING, word, way_out.rstrip()))
+    _version(line, command)
     if line.script:
         _of_script(line, command)
     else:
@@ -55,6 +57,14 @@ def translate(line: Line) -> Command:
     except ConfigError as fault:
         raise ConfigError(f"the reference's values are not allowed here:\n       {fault}") from None
     return command
+
+
+def _version(line: Line, command: Command) -> None:
+    told = ["both evaluate alike"]
+    if line.program == "train":
+        values = f"loss scale {_text(line.of.loss_scale)}, {line.of.cooldown} cool-down epochs unless it is told others"
+        told = [f"PyTorch {line.version}, {line.told_by}", f"{values}; published: {line.of.results}"]
+    command.remarks += [(VERSION, "", text) for text in told]
 
 
 def _data(line: Line, command: Command) -> str:
@@ -76,8 +86,10 @@ def _of_script(line: Line, command: Command) -> None:
         command.words = [f"ckpt={quoted(checkpoint)}", root]
         command.remarks.append((NOTE, "", "the script evaluates in half precision: amp=fp16 does so here"))
     else:
-        cards, _, experiment = SCRIPTS[line.script or ""]
+        cards, own, experiment = SCRIPTS[line.script or ""]
         command.words = [f"experiment={experiment}", root]
+        wanted = {"schedule.cooldown_epochs": own.get("--cooldown-epochs", line.of.cooldown)}
+        command.words += _differing(wanted | {"amp.loss_scale": line.of.loss_scale}, _composed(command.words)[1])
         device = line.given.get("--device_id")
         if device and cards == 1 and UNKNOWN not in device and device != "0":
             command.words.append(f"device.ids=[{device}]")
@@ -111,7 +123,7 @@ def _notes(line: Line, command: Command) -> None:
 
 def _training(line: Line, command: Command) -> None:
     """The words that make an experiment's config that of the line: what it gives, and the program's own defaults."""
-    value = {flag.name: line.given.get(flag.name, flag.default) for flag in line.flags.values()}
+    value = {flag.name: line.given.get(flag.name, line.of.default(flag)) for flag in line.flags.values()}
     cards = _cards(line, command)
     experiment = "full_8p" if cards > 1 else "full_1p"
     groups, wanted = _wanted(line, value, command)
@@ -124,13 +136,17 @@ def _training(line: Line, command: Command) -> None:
     wanted |= {"optim.lr": float(f"{lr * IMAGES_PER_LR / (batch * cards):.10g}"), "device.count": cards}
     if isinstance(line.given.get("--npu"), int) and cards == 1 and line.given["--npu"]:
         wanted["device.ids"] = [line.given["--npu"]]
-    words += [
+    command.words = words + _differing(wanted, base[1])
+    _notes(line, command)
+
+
+def _differing(wanted: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """The words that give a command whose values are `base` those of `wanted`."""
+    return [
         f"{key}={_text(new)}"
         for key, new in wanted.items()
-        if (key in base[1] and base[1][key] != new) or key.startswith("hydra.")
+        if (key in base and base[key] != new) or key.startswith("hydra.")
     ]
-    command.words = words
-    _notes(line, command)
 
 
 def _cards(line: Line, command: Command) -> int:
@@ -204,6 +220,8 @@ def _one_by_one(
 ) -> None:
     """Flags whose values are others here, or that set several keys."""
     wanted["save_every"] = wanted["save_every"] or None
+    if groups["amp"] == "o2":
+        wanted["amp.loss_scale"] = line.of.loss_scale
     if wanted.get("dist_bn") == "":
         wanted.pop("dist_bn")
     if "schedule.decay_epochs" in wanted and wanted["schedule.decay_epochs"] == int(wanted["schedule.decay_epochs"]):
@@ -241,7 +259,7 @@ def _image_size(line: Line, wanted: dict[str, Any]) -> None:
 
 
 def _amp(value: dict[str, Any]) -> str:
-    """--amp and --apex-amp are apex's O2 with a loss scale of 128, which o2 is without apex; --native-amp: autocast."""
+    """--amp and --apex-amp are apex's O2, which o2 is without apex; --native-amp: autocast."""
     return "o2" if value["--amp"] or value["--apex-amp"] else "fp16" if value["--native-amp"] else "none"
 
 

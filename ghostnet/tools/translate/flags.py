@@ -1,6 +1,7 @@
 """The flags of the reference's programs: what each did there, its default, and its home here.
 
-The reference: Ascend ModelZoo's GhostNet for PyTorch, train_ghostnet_{1p,8p}.py and validate_ghostnet.py.
+The reference: Ascend ModelZoo's GhostNet for PyTorch, train_ghostnet_{1p,8p}.py and validate_ghostnet.py. It has two
+versions, named after their PyTorch, which take the same flags.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Flag:
     fate: Fate
     kind: Kind
     default: Any = None
-    """Of the reference's program, where the flag is not given."""
+    """Of the reference's program, where the flag is not given. Version.default() knows those that depend on it."""
     key: str = ""
     """Here; '' where it takes more than one key or another value."""
     why: str = ""
@@ -71,7 +72,7 @@ FLAGS = (
     _home("--epochs", "int", 200, "epochs"),
     _home("--warmup-lr", "float", 1e-4, "schedule.warmup_lr"),
     _home("--warmup-epochs", "int", 3, "schedule.warmup_epochs"),
-    _home("--cooldown-epochs", "int", 10, "schedule.cooldown_epochs"),
+    _home("--cooldown-epochs", "int", None, "schedule.cooldown_epochs"),
     _home("--min-lr", "float", 1e-5, "schedule.min_lr"),
     _home("--decay-epochs", "float", 30.0, "schedule.decay_epochs"),
     _home("--decay-rate --dr", "float", 0.1, "schedule.decay_rate"),
@@ -178,6 +179,34 @@ SCRIPTS = {
 }
 """Its scripts: cards, the flags in which they differ, the experiment here."""
 EVALUATE = "train_eval_1p.sh"
+
+
+@dataclass(frozen=True)
+class Version:
+    """What one version of the reference has of its own."""
+
+    results: str
+    """Those it was published with, and when."""
+    cooldown: int
+    """The default of --cooldown-epochs."""
+    loss_scale: float | str
+    """Of its O2."""
+    python: str
+    """By which its scripts start its programs; in a line it tells the version."""
+    environment: str
+    """The file that its training scripts read variables from; it tells the version, too."""
+
+    def default(self, flag: Flag) -> Any:  # noqa: ANN401 (of any kind)
+        """The value of a flag that is not given."""
+        return self.cooldown if flag.name == "--cooldown-epochs" else flag.default
+
+
+VERSIONS = {
+    "1.5": Version("73.3796 % at 4,329 img/s on 8 cards, March 2022", 10, 128.0, "python3.7", "env.sh"),
+    "1.8": Version("73.129 % at 9,559 img/s on 8 cards, August 2022", 2, "dynamic", "python3", "env_npu.sh"),
+}
+ASSUMED = "1.8"
+"""The version whose results the reference publishes, and that the experiments here follow."""
 RECIPE: dict[str, Any] = {
     "--opt": "npufusedsgd", "--weight-decay": 4e-5, "--momentum": 0.9, "--sched": "cosine", "--warmup-lr": 1e-6,
     "--warmup-epochs": 4, "--drop": 0.2, "--clip-grad": 2.0, "-b": 1024, "--amp": True,

@@ -6,7 +6,7 @@ from typing import Any
 from ghostnet.config import Config, flat
 from ghostnet.door.overrides import check_command
 from ghostnet.tools.translate.command import IMAGES_PER_LR
-from ghostnet.tools.translate.flags import FLAGS, SCRIPTS
+from ghostnet.tools.translate.flags import ASSUMED, FLAGS, SCRIPTS, VERSIONS
 
 SAME = ("data.root", "data.workers", "log_every", "eval_every", "resume", "baseline", "device.ids")
 """Keys that change nothing of what is trained."""
@@ -20,7 +20,7 @@ def reference(cfg: Config, classes: int) -> tuple[str | None, list[str]]:
     unable = _unable(values)
     if not values["data.dataset._target_"].endswith(".ImageFolder"):
         return None, ["data: it reads image folders alone"]
-    for script, (cards, _, experiment) in SCRIPTS.items():
+    for script, (cards, _, experiment) in SCRIPTS.items():  # of the version that the experiments follow
         if cards == values["device.count"] and _same(values, experiment):
             words = [f"--data_path={values['data.root'] or '…'}"]
             words += [f"--device_id={values['device.ids'][0]}"] if values["device.ids"] and cards == 1 else []
@@ -39,7 +39,8 @@ def _same(values: dict[str, Any], experiment: str) -> bool:
 
 
 def _line(values: dict[str, Any], classes: int) -> str:
-    """The Python line with every flag whose value is not the program's own."""
+    """The Python line with every flag whose value is not the program's own; its python tells the version."""
+    version = VERSIONS[_version(values)]
     count, ids = values["device.count"], values["device.ids"]
     batch = values["data.batch_size"] * count
     program = "train_ghostnet_1p.py" if count == 1 else "train_ghostnet_8p.py"
@@ -51,7 +52,9 @@ def _line(values: dict[str, Any], classes: int) -> str:
     words += {"O2": ["--amp"], "Apex": ["--amp"], "Fp16": ["--native-amp"]}.get(amp, [])
     for flag in FLAGS:
         value = values.get(flag.key)
-        if flag.of == "evaluate" or flag.fate != "home" or flag.key not in values or value == flag.default:
+        if flag.of == "evaluate" or flag.fate != "home" or flag.key not in values:
+            continue
+        if value == version.default(flag):
             continue
         if flag.key in ("resume", "model.num_classes", "data.image_size", "ema") or value is None or value is False:
             continue
@@ -64,11 +67,17 @@ def _line(values: dict[str, Any], classes: int) -> str:
         words += ["--train-interpolation", values["data.augment.interpolation"]]
     if values["model.weights"] and values["model.freeze"]:
         words.append("--pretrained")
-    python = ["python3.7", "-u", program, *words]
+    python = [version.python, "-u", program, *words]
     if count == 1:
         return shlex.join([*python, *(["--npu", str(ids[0])] if ids else [])])
     line = shlex.join([*python, "--world_size", str(count)])
     return f"export WORLD_SIZE={count}; for i in $(seq 0 {count - 1}); do {line} --local_rank $i & done; wait"
+
+
+def _version(values: dict[str, Any]) -> str:
+    """The version of the reference that has the loss scale of a config."""
+    scale = values.get("amp.loss_scale")
+    return next((name for name, version in VERSIONS.items() if version.loss_scale == scale), ASSUMED)
 
 
 _USUAL = {
@@ -96,7 +105,10 @@ def _unable(values: dict[str, Any]) -> list[str]:
             bool(values["device.ids"]) and values["device.count"] > 1
         ),
         "amp=bf16: it has float16 alone": amp == "Bf16",
-        "amp.loss_scale: its O2 has 128": amp in ("O2", "Apex") and values.get("amp.loss_scale") != 128.0,
+        "amp.loss_scale: its O2 has dynamic (its version for PyTorch 1.8) or 128 (1.5)": (
+            amp in ("O2", "Apex")
+            and values["amp.loss_scale"] not in [version.loss_scale for version in VERSIONS.values()]
+        ),
         f"optim={optimizer}: it is not known to have it": optimizer not in OPTIMIZERS,
         "optim.nesterov=true: only --opt sgd has it there": bool(values.get("optim.nesterov")),
         f"schedule={schedule}: it has cosine and step": schedule not in ("cosine", "step"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ghostnet.errors import ConfigError
 from ghostnet.schema import did_you_mean
-from ghostnet.tools.translate.flags import EVALUATE, SCRIPTS, Flag, flags
+from ghostnet.tools.translate.flags import ASSUMED, EVALUATE, SCRIPTS, VERSIONS, Flag, Version, flags
 
 FORM = "python -m ghostnet.tools.translate 'bash ./test/train_full_8p.sh --data_path=/data/imagenet'"
 UNKNOWN = "\0"
@@ -39,6 +39,15 @@ class Line:
     """What is no flag of the program -> the flag that may be meant, in words."""
     looped: int | None = None
     """How often a loop of the shell runs it."""
+    version: str = ASSUMED
+    """A key of VERSIONS."""
+    told_by: str = "assumed"
+    """How its version is known."""
+
+    @property
+    def of(self) -> Version:
+        """What its version has of its own."""
+        return VERSIONS[self.version]
 
     @property
     def flags(self) -> dict[str, Flag]:
@@ -47,25 +56,60 @@ class Line:
 
 
 def parse(text: str) -> Line:
-    """The first command of the reference in a text; ConfigError where there is none, or a value is of no use."""
+    """The first command of the reference in a text; ConfigError if there is none, or a value is of no use.
+
+    --version=1.5|1.8, anywhere in the text, is ours: the version of the reference.
+    """
+    text, chosen = _chosen(text)
+    line, before = _command(text)
+    if chosen:
+        line.version, line.told_by = chosen, f"as --version={chosen} says"
+    else:
+        marks = {mark: name for name, of in VERSIONS.items() for mark in (of.python, of.environment)}
+        found = {word: marks[word] for word in map(_name, before) if word in marks}
+        if len(set(found.values())) == 1:
+            line.version, line.told_by = next(iter(found.values())), f"told by {' and '.join(found)}"
+        else:
+            why = f"{' and '.join(found)} are of different ones" if found else "nothing in the line tells it"
+            other = next(name for name in VERSIONS if name != ASSUMED)
+            line.told_by = f"assumed: {why}; --version={other} takes the other"
+    return line
+
+
+def _name(token: str) -> str:
+    return Path(token).name
+
+
+def _chosen(text: str) -> tuple[str, str | None]:
+    """(the text without --version=…, its value)."""
+    found = re.search(r"(?<!\S)--version(?:=(\S*))?(?!\S)", text)
+    if found is None:
+        return text, None
+    if found[1] not in VERSIONS:
+        raise ConfigError(f"{found[0]}: the reference has --version={' and --version='.join(VERSIONS)}.")
+    return text[: found.start()] + text[found.end() :], found[1]
+
+
+def _command(text: str) -> tuple[Line, list[str]]:
+    """The first command of the reference in a text, its version yet unknown, and the words before it."""
     count = _looped(text)
     try:
         tokens = _tokens(text)
     except ValueError as error:
         raise ConfigError(f"a quote is not closed: {str(error).lower()}. {FORM}") from None
     for position, token in enumerate(tokens):
-        name = Path(token).name
+        name = _name(token)
         rest = tokens[position + 1 :]
         end = next((i for i, word in enumerate(rest) if word and set(word) <= set(";&|()")), len(rest))
         if name in SCRIPTS or name == EVALUATE:
-            return _script(name, rest[:end])
+            return _script(name, rest[:end]), tokens[:position]
         if name.endswith(".py"):
             is_evaluation = name.startswith("valid") or "--checkpoint" in {word.partition("=")[0] for word in rest}
             line = Line("evaluate" if is_evaluation else "train", None, looped=count)
             _read(line, rest[:end])
-            return line
+            return line, tokens[:position]
     known = [*SCRIPTS, EVALUATE, "train_ghostnet_1p.py", "train_ghostnet_8p.py", "validate_ghostnet.py"]
-    programs = [Path(token).name for token in tokens if token.endswith((".sh", ".py"))]
+    programs = [_name(token) for token in tokens if token.endswith((".sh", ".py"))]
     near = did_you_mean(programs[0], known) if programs else ""
     what = f"{programs[0]}: no such program of the reference." if programs else "no program of the reference is in it."
     raise ConfigError(f"{what}{near} It has {', '.join(known)}. {FORM}")
