@@ -81,6 +81,12 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
         val_set.labels = relabel(val_set.labels, val_set.classes, saved["classes"])
     elif num_classes < len(val_set.classes):
         raise UserError(f"{path} tells {num_classes} classes apart, but the data have {len(val_set.classes)}.")
+    elif num_classes > len(val_set.classes):
+        raise UserError(
+            f"{path} tells {num_classes} classes apart, and the data have {len(val_set.classes)} of them: which can't "
+            "be known by their positions. Name all classes in a file, one a line in the order of the model's outputs: "
+            "data.classes=FILE"
+        )
     model = build_model(config["model"], num_classes)
     use_ema = own and saved["ema"] is not None and config["ema"] is not False
     if config["ema"] and not use_ema:
@@ -132,9 +138,12 @@ def with_saved(cfg: DictConfig, saved: dict[str, Any], overrides: list[str]) -> 
         OmegaConf.set_struct(merged, False)
         for key in ("device", "ema", "ckpt"):
             merged[key] = cfg[key]
-        for key in given_keys(overrides):
+        for key in sorted(given_keys(overrides), key=lambda key: key.count(".")):
             # A group that was chosen replaces the checkpoint's, a single key changes one value of it.
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
+            if key == "data":  # other images, which are prepared as the model was trained to see them
+                for kept in ("image_size", "preprocessing"):
+                    OmegaConf.update(merged, f"data.{kept}", saved["data"][kept], merge=False)
         config = resolved(merged)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{cfg.ckpt}: the config in it can't be read: {first_line(error)}") from None

@@ -81,6 +81,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     # Data
     with ranks.main_first():
         train_set, val_set = build(data["dataset"], "train"), build(data["dataset"], "val")
+    for note in filter(None, (getattr(data_set, "note", "") for data_set in (train_set, val_set))):
+        console.say(f"note    {note}")
     check_same_classes(train_set, val_set)
     threads = data["workers"] or cpu_count()
     decode.allow(data.get("max_pixels", decode.MAX_PIXELS))

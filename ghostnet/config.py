@@ -120,6 +120,7 @@ class DataConfig:
     mix: Config
     on_error: Literal["raise", "skip"] = "raise"
     cache_val: bool = False
+    classes: str | None = None
     """Runs of version 0.2 had neither."""
     max_pixels: PositiveInt = 200_000_000
     """Nor had runs of version 0.4 this."""

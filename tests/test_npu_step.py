@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ghostnet import device, engine
 from ghostnet.config import build, build_model, resolved
 
-VIEWS = "as_strided contiguous detach empty empty_like empty_strided expand new_empty_strided permute select slice split"
-VIEWS = {*VIEWS.split(), *"squeeze t transpose unbind unsqueeze view _unsafe_view".split()}
+VIEWS = "as_strided contiguous detach empty empty_like empty_strided expand new_empty_strided permute select slice"
+VIEWS = {*VIEWS.split(), *"split squeeze t transpose unbind unsqueeze view _unsafe_view".split()}
 
 class Launches(TorchDispatchMode):
     def __init__(self):

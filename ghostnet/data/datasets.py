@@ -51,23 +51,40 @@ class Dataset(Protocol):
 
 
 class ImageFolder:
-    """root/train/<class>/* and root/val/<class>/*: JPEG, PNG or WebP files, ImageNet's layout; hidden ones left out."""
+    """root/train/<class>/** and root/val/<class>/**: image files in any depth, ImageNet's layout.
 
-    def __init__(self, split: Split, /, root: str | None) -> None:
+    Classes are the folders, as numbers if all names are numbers, else as text; or those of a file (see read_names), in
+    its order, of which some may have no folder.
+    """
+
+    def __init__(self, split: Split, /, root: str | None, classes: str | None = None) -> None:
         folder = self.find(split, root)
         looked_for = self._looked_for(folder)
         self.folder, self.files = folder, FileIndex(folder)
         self.classes, counts = self.files.classes, self.files.counts
+        self.note = ""
+        if self.files.passed_over:
+            number = f"{self.files.passed_over:,} file{'s' if self.files.passed_over > 1 else ''} or folder"
+            self.note = f"{number} passed over in {folder}, hidden or no image by its name: {self.files.example}"
         if not len(self.files):
             shards = " It has tar shards: data=shards reads those." if any(folder.glob("*.tar")) else ""
             raise UserError(f"data.root={root} has no images in {split}. {looked_for}.{shards}")
         empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
-        if empty:
+        if empty and classes is None:
             raise UserError(
                 f"data.root={root}: {len(empty)} of {len(counts)} class folders in {split} hold no image, "
-                f"{empty[0]} first. {looked_for}. Fill or remove them."
+                f"{empty[0]} first. {looked_for}. Fill or remove them, or name all classes in data.classes=FILE."
             )
         self.labels: Labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        if classes is not None:
+            names = read_names(classes)
+            if unknown := [name for name in self.classes if name not in set(names)]:
+                raise UserError(
+                    f"data.classes={classes}: {len(unknown)} of the {len(self.classes)} class folders in {folder} are "
+                    f"not among its {len(names)} names, {unknown[0]} first.{did_you_mean(unknown[0], names)}"
+                )
+            self.labels = relabel(self.labels, self.classes, names)
+            self.classes = names
 
     @staticmethod
     def find(split: Split, root: str | None) -> Path:
@@ -85,7 +102,7 @@ class ImageFolder:
 
     @staticmethod
     def _looked_for(folder: Path) -> str:
-        return f"Looked for {folder}/<class>/*.jpg|jpeg|png|webp"
+        return f"Looked for {folder}/<class>/*.jpg|jpeg|png|webp|bmp|tif|gif|ppm"
 
     @staticmethod
     def _missing(root: Path, split: str) -> str:
@@ -255,6 +272,25 @@ def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray[tuple[int, 
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
+def read_names(path: str) -> list[str]:
+    """Read the names of classes, one a line, in the order of the model's outputs; UserError names what is wrong."""
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.classes={path} can't be read: {' '.join(str(error).split())}.") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    names = [line.strip() for line in lines]
+    for number, name in enumerate(names, 1):
+        if not name or names.index(name) < number - 1:
+            what = f"names {name} a second time" if name else "is empty"
+            raise UserError(f"data.classes={path}: line {number} {what}. It must name each class once, a line each.")
+    if not names:
+        raise UserError(f"data.classes={path} names no class: one a line, in the order of the model's outputs.")
+    return names
+
+
 def relabel(labels: Labels, classes: list[str], known: list[str]) -> Labels:
     """Labels into `classes` as labels into `known`, by name; UserError where a class is not known."""
     position = {name: index for index, name in enumerate(known)}
@@ -302,5 +338,6 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
     hint = did_you_mean(only_val[0], only_train) if only_val and only_train else ""
     raise UserError(
         f"The classes of train ({len(train.classes)}) and val ({len(val.classes)}) differ: {'; '.join(parts)}.{hint} "
-        "Both splits need the same class folders; shards of others may name theirs in classes.txt."
+        "Both splits need the same class folders, or a file that names all of them, a line each: data.classes=FILE. "
+        "Shards of others may name theirs in classes.txt."
     )

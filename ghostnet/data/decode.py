@@ -17,7 +17,7 @@ Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 COLOURS = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "GRAY"}
 """What a JPEG may hold for libjpeg-turbo to decode it, and as what; the rest is Pillow's."""
 

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-FORMAT = 1
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FORMAT = 2
+NO_DATA = ("@eaDir", "__MACOSX", "lost+found")
+"""Folders that systems make among a user's own, which hold no data of his."""
 """Of the cache; another one is passed over and written anew."""
 THREADS = 8
 """Folders listed at once: a network file system takes its time for each. With more they wait for each other."""
@@ -37,14 +39,23 @@ _libc = ctypes.CDLL(None)
 
 
 class _Listing(NamedTuple):
-    """The pictures of one class folder: sorted names, a NUL after each, and the folder's stamp when they were read."""
+    """The images of one class folder: sorted names, a NUL after each, and the folder's stamp when they were read.
+
+    Names have slashes where an image lies in a folder of the class folder; such a listing has no stamp.
+    """
 
     stamp: list[int] | None
     names: bytes | memoryview
+    passed_over: int = 0
+    example: str = ""
+    """Of the names that were passed over."""
 
 
 class FileIndex:
-    """The pictures of folder/<class>/, by class and within it by name; hidden ones left out.
+    """The images of folder/<class>/ in any depth, by class and within it by name.
+
+    Classes are sorted as numbers if all of their names are numbers, else as text. Hidden files and folders are passed
+    over, and so is what is no image by its name: their number and an example are kept.
 
     ImageNet's 1.28 million take 37 MB so, a third of a list of str. OSError where a folder can't be read; a cache that
     can't be read or written is done without.
@@ -52,8 +63,13 @@ class FileIndex:
 
     def __init__(self, folder: Path) -> None:
         # Listed every time: that takes milliseconds, and notices classes that come and go.
-        self.classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        self.classes = in_order(name for name in folders if _is_data(name))
         listings = _listings(folder, self.classes)
+        hidden = [name for name in folders if not _is_data(name)]
+        examples = [f"{name}/{each.example}" for name, each in zip(self.classes, listings, strict=True) if each.example]
+        self.passed_over = len(hidden) + sum(listing.passed_over for listing in listings)
+        self.example = next(iter([*examples, *hidden]), "")
         self.names = b"".join(listing.names for listing in listings)
         bounds = np.cumsum([0, *(len(listing.names) for listing in listings)])
         del listings  # the same names once more
@@ -112,14 +128,14 @@ class _Cache:
             return {}
         at = content.index(b"\n", DIGEST) + 1
         known = {}
-        for name, stamp, size in json.loads(content[DIGEST:at]):
-            known[name] = _Listing(stamp, view[at : at + size])
+        for name, stamp, size, passed_over, example in json.loads(content[DIGEST:at]):
+            known[name] = _Listing(stamp, view[at : at + size], passed_over, example)
             at += size
         return known
 
     def write(self, listings: Mapping[str, _Listing]) -> None:
         """Whole or not at all; not where the disk is full or the folder can't be written."""
-        table = [[name, listing.stamp, len(listing.names)] for name, listing in listings.items()]
+        table = [[name, each.stamp, len(each.names), each.passed_over, each.example] for name, each in listings.items()]
         parts = [json.dumps(table).encode() + b"\n", *(listing.names for listing in listings.values())]
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +169,7 @@ def cache_folder() -> Path:
 
 
 def _listing(path: Path, known: _Listing | None) -> _Listing:
-    """The pictures of a class folder: what is known of it while its stamp is the same, else read."""
+    """The images of a class folder: what is known of it while its stamp is the same, else read."""
     # Of the open folder, since NFS asks its server on opening and may else answer from memory.
     opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -161,13 +177,28 @@ def _listing(path: Path, known: _Listing | None) -> _Listing:
         stamp = _stamp(opened)
         if known is not None and known.stamp == stamp:
             return known
-        names = sorted(name for name in os.listdir(opened) if _is_picture(name))  # noqa: PTH208 (of a descriptor)
+        found = os.listdir(opened)  # noqa: PTH208 (of a descriptor)
+        names = [name for name in found if _is_image(name)]
+        others = [name for name in found if not _is_image(name)] if len(names) < len(found) else []
+        # The names of folders tell nothing: only the few that are no images' are asked about.
+        folders = [name for name in others if _is_data(name) and (path / name).is_dir()]
+        for name in folders:
+            for place, inner, files in os.walk(path / name, followlinks=True):
+                others += [each for each in inner if not _is_data(each)]
+                inner[:] = [each for each in inner if _is_data(each)]
+                at = os.path.relpath(place, path)
+                names += [f"{at}/{file}" for file in files if _is_image(file)]
+                others += [f"{at}/{file}" for file in files if not _is_image(file)]
+        passed_over = sorted(set(others) - set(folders))
+        names.sort()
     except OSError as error:
         error.filename = str(path)  # else the number that it was opened as
         raise
     finally:
         os.close(opened)
-    return _Listing(stamp, os.fsencode("".join(f"{name}\0" for name in names)))
+    kept = None if folders else stamp  # a folder's stamp tells nothing of the folders in it
+    content = os.fsencode("".join(f"{name}\0" for name in names))
+    return _Listing(kept, content, len(passed_over), next(iter(passed_over), ""))
 
 
 def _stamp(opened: int) -> list[int] | None:
@@ -186,5 +217,15 @@ def _keeps_times(opened: int) -> bool:
     return _libc.fstatfs(opened, status) == 0 and ctypes.c_long.from_buffer(status).value & 0xFFFFFFFF in KEEPS_TIMES
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _is_data(folder: str) -> bool:
+    return not folder.startswith(".") and folder not in NO_DATA
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Sort names of classes: as numbers if all are, as ImageNetV2's folders 0 … 999, else as text."""
+    names = sorted(classes)
+    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ghostnet.data.datasets import Labels, Split
+from ghostnet.data.datasets import Labels, Split, read_names
 from ghostnet.data.decode import Picture, picture
 from ghostnet.data.index import cache_folder
-from ghostnet.data.tars import BLOCK, MOST_CLASSES, ROW, Rows, scan
+from ghostnet.data.tars import BLOCK, MOST_CLASSES, ROW, TAR_RULES, Rows, scan
 from ghostnet.errors import SampleError, UserError
 from ghostnet.models.claims import check_stored
 
@@ -83,12 +83,13 @@ class Index:
 class Shards:
     """root/train/*.tar and root/val/*.tar, or root/*train*.tar and root/*val*.tar: `<key>.jpg` beside `<key>.cls`."""
 
-    def __init__(self, split: Split, /, root: str | None) -> None:
+    def __init__(self, split: Split, /, root: str | None, classes: str | None = None) -> None:
         base = self.find(split, root)
-        self.folder, self.index = indexed(base, split)
+        names = read_classes(base) if classes is None else read_names(classes)
+        self.folder, self.index = indexed(base, split, names)
         self.labels: Labels = self.index.labels
         most = int(self.labels.max())
-        self.classes = read_classes(base) or [str(label) for label in range(most + 1)]
+        self.classes = names or [str(label) for label in range(most + 1)]
         if most >= len(self.classes):
             raise UserError(
                 f"data.root={root}: {split} has the label {most}, but there are {len(self.classes)} class names. "
@@ -167,15 +168,18 @@ class _File:
             os.close(self.number)
 
 
-def indexed(base: Path, split: Split) -> tuple[Path, Index]:
-    """The folder of a split's shards and their index; UserError where there are none or they have changed."""
+def indexed(base: Path, split: Split, classes: list[str] | None = None) -> tuple[Path, Index]:
+    """The folder of a split's shards and their index; UserError if there are none or they have changed.
+
+    classes: what labels that are text are looked up in.
+    """
     if (base / STATE).exists() and not _is_complete(base):
         raise UserError(
             f"{base} is not packed to the end. Repeat the command that packs it, python -m ghostnet.tools.pack …"
         )
     path = base / split / INDEX
     if not path.exists():
-        return _scanned(base, split)
+        return _scanned(base, split, classes)
     try:
         index = Index.load(path)
     except ValueError as error:
@@ -189,12 +193,13 @@ def indexed(base: Path, split: Split) -> tuple[Path, Index]:
     return path.parent, index
 
 
-def _scanned(base: Path, split: Split) -> tuple[Path, Index]:
+def _scanned(base: Path, split: Split, classes: list[str] | None) -> tuple[Path, Index]:
     """The index of others' shards: that of an earlier scan while sizes and times are the same, else of a new one."""
     folder, names = _others(base, split)
     stats = [_size(folder / name) or (0, 0) for name in names]
     sizes, mtimes = [size for size, _ in stats], [mtime for _, mtime in stats]
-    key = hashlib.blake2b(os.fsencode(folder.resolve()) + split.encode(), digest_size=16).hexdigest()
+    identity = f"{split} {TAR_RULES} {classes}".encode(errors="surrogateescape")
+    key = hashlib.blake2b(os.fsencode(folder.resolve()) + identity, digest_size=16).hexdigest()
     cache = cache_folder() / "shards"
     with contextlib.suppress(ValueError):
         index = Index.load(cache / f"{key}.npz")
@@ -203,7 +208,7 @@ def _scanned(base: Path, split: Split) -> tuple[Path, Index]:
     from rich.progress import track
 
     with ThreadPoolExecutor(8) as pool:
-        scans = pool.map(scan, (folder / name for name in names))
+        scans = pool.map(lambda name: scan(folder / name, classes), names)
         shown = sys.stdout.isatty()
         found = list(track(scans, f"indexing {split}", len(names), transient=True, disable=not shown))
     for number, (rows, _) in enumerate(found):

@@ -1,5 +1,6 @@
 """WebDataset shards of anyone, read by their headers alone: nothing is extracted, no name in them leads anywhere."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,10 +20,16 @@ LONGEST_HEADER = 1 << 20
 LONGEST_LABEL = 1 << 20
 LARGEST_IMAGE = 1 << 30
 MOST_CLASSES = 1_000_000
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
+LABELS = ("cls", "index", "json", "txt")
+"""The first of them that a sample has is its label."""
+TAR_RULES = 2
+"""Changes with what these rules make of a shard."""
 ROW = np.dtype([("shard", np.uint32), ("offset", np.int64), ("length", np.uint32), ("crc", np.uint32)])
 """Where an image lies: shard, first byte and bytes of its data, CRC-32 of its header or of its header and data."""
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.void]]
+NO_SAMPLE = re.compile(r"(^|/)(\.[^/]|__MACOSX/|@eaDir/)|^__[^/]*__($|/)")
+"""Names of what systems and WebDataset's own tools put among the samples."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 
 
@@ -46,62 +53,92 @@ class _Sample:
     label: Member | None = None
 
 
-def scan(path: Path) -> tuple[Rows, list[int]]:
-    """Where the images of a shard lie, and their labels, in the file's order; UserError for what is no whole shard."""
+def scan(path: Path, classes: list[str] | None = None) -> tuple[Rows, list[int]]:
+    """Where the images of a shard lie, and their labels, in the file's order; UserError for what is no whole shard.
+
+    classes: what labels that are text are looked up in.
+    """
+    known = {name: label for label, name in enumerate(classes or ())}
     rows: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
     try:
         with path.open("rb", buffering=0) as file:
             for image, label in _samples(path, file.fileno()):
                 rows.append((0, image.offset, image.size, zlib.crc32(image.header)))
-                labels.append(_label(path, file.fileno(), label))
+                labels.append(_label(path, file.fileno(), label, known))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None
     return np.array(rows, ROW), labels
 
 
 def _samples(path: Path, file: int) -> Iterator[tuple[Member, Member]]:
-    """The image and the label of each key; members of a key follow one another, as in every WebDataset."""
-    sample = _Sample("")
+    """The image and the label of each key; members of a key follow one another, as in every WebDataset.
+
+    A key ends at the first dot of the name, or, if what follows that is no suffix that is read, as in v1.12.jpg, at the
+    last. Of the latter, those that go on from the key before them, such as 12.mask.png beside 12.jpg, are samples only
+    if they have a label too.
+    """
+    sample, more = _Sample(""), dict[str, _Sample]()
     for member in members(path, file):
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
-        suffix = suffix.lower()
-        if not stem or suffix not in (*IMAGES, "cls", "json") or re.match(r"__[^/]*__($|/)", member.name):
+        if suffix.lower() not in (*IMAGES, *LABELS):
+            stem, _, suffix = name.rpartition(".")
+        suffix, key = suffix.lower(), f"{folder}/{stem}"
+        if not stem or suffix not in (*IMAGES, *LABELS) or NO_SAMPLE.search(member.name):
             continue
-        if sample.key != f"{folder}/{stem}":
-            yield from _whole(path, sample)
-            sample = _Sample(f"{folder}/{stem}")
-        if suffix in IMAGES and sample.image:
+        if sample.key and key.startswith(f"{sample.key}."):
+            part = more.setdefault(key, _Sample(key))
+        elif key == sample.key:
+            part = sample
+        else:
+            yield from _whole(path, sample, more)
+            sample, more = _Sample(key), {}
+            part = sample
+        if suffix in IMAGES and part.image:
             raise UserError(f"{path}: {member.name} is a second image of its key. One image a key can be read.")
         if suffix in IMAGES and member.size > LARGEST_IMAGE:
             raise UserError(f"{path}: {member.name} claims {member.size:,} bytes, which no image has.")
         if suffix in IMAGES:
-            sample.image = member
-        elif suffix == "cls" or sample.label is None:
-            sample.label = member
-    yield from _whole(path, sample)
+            part.image = member
+        elif part.label is None or _rank(suffix) < _rank(part.label.name):
+            part.label = member
+    yield from _whole(path, sample, more)
 
 
-def _whole(path: Path, sample: _Sample) -> Iterator[tuple[Member, Member]]:
+def _whole(path: Path, sample: _Sample, more: dict[str, _Sample]) -> Iterator[tuple[Member, Member]]:
     if sample.image and sample.label:
         yield sample.image, sample.label
     elif sample.image:
-        raise UserError(f"{path}: {sample.image.name} has no label beside it: give a .cls, or a .json with a label.")
+        raise UserError(
+            f"{path}: {sample.image.name} has no label beside it: give a .cls, .index or .txt, or a .json with a label."
+        )
     elif sample.label and sample.label.name.lower().endswith(".cls"):
         raise UserError(f"{path}: {sample.label.name} has no image beside it ({', '.join(IMAGES)}).")
+    yield from ((part.image, part.label) for part in more.values() if part.image and part.label)
 
 
-def _label(path: Path, file: int, member: Member) -> int:
-    """The class index in a .cls or .json member."""
+def _rank(name: str) -> int:
+    return LABELS.index(name.lower().rpartition(".")[2])
+
+
+def _label(path: Path, file: int, member: Member, known: dict[str, int]) -> int:
+    """The class index in a label's member, or that of the class that it names."""
     text = os.pread(file, member.size, member.offset) if member.size <= LONGEST_LABEL else b""
     try:
-        label = json.loads(text)["label"] if member.name.lower().endswith("json") else int(text)
+        label = json.loads(text)["label"] if member.name.lower().endswith("json") else text.decode().strip()
     except (ValueError, KeyError, TypeError, RecursionError):
         label = None
+    if isinstance(label, str):
+        with contextlib.suppress(ValueError):
+            label = known[label] if label in known else int(label)
     if type(label) is not int or not 0 <= label < MOST_CLASSES:
         shown = text[:20].decode("utf-8", "replace").strip()
-        raise UserError(f"{path}: {member.name} holds no class index, a whole number ≥ 0, but {shown!r}.")
+        names = f", nor one of the {len(known)} class names" if known else ""
+        raise UserError(
+            f"{path}: {member.name} holds no class index, a whole number ≥ 0{names}, but {shown!r}. Names of classes "
+            "are read from a file that lists them, a line each: data.classes=FILE, or classes.txt beside the shards."
+        )
     return label
 
 
