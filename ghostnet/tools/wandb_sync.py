@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ghostnet import output
+from ghostnet.door.typed import check_line_ends, without_dashes
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.experiments import record
 from ghostnet.schema import faults, signature
@@ -217,8 +218,11 @@ def main(words: list[str]) -> int:
         print(f"{(__doc__ or '').strip()}\n\n{(CONF / 'logger' / 'wandb.yaml').read_text().partition(chr(10))[2]}")
         return 0
     try:
+        check_line_ends(words)
         if flags := [word for word in words if word.startswith("-")]:
-            raise ConfigError(f"{flags[0]}: no such flag. Settings are given as key=value; --help lists them.")
+            keys = signature("ghostnet.wandb.logger.Wandb")
+            hint = without_dashes(flags[0], keys) or " Settings are given as key=value."
+            raise ConfigError(f"{flags[0]}: no such flag.{hint} --help lists them.")
         return 1 if sync(words) else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
