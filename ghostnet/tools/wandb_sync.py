@@ -24,7 +24,7 @@ from ghostnet.door.typed import check_line_ends, without_dashes
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.experiments import record
 from ghostnet.schema import faults, signature
-from ghostnet.wandb.logger import ID_FILE, Options, check, in_force, request
+from ghostnet.wandb.logger import ID_FILE, Options, check, completed, in_force, request
 from ghostnet.wandb.process import Recorder
 from ghostnet.wandb.recorder import state
 
@@ -51,7 +51,9 @@ class Sender:
 
     def __init__(self, given: dict[str, Any], progress: Any) -> None:  # noqa: ANN401 (rich's)
         self.given, self.progress = given, progress
-        self.mode = given.get("mode") or in_force("online")
+        self.mode = in_force(given.get("mode"))
+        if self.mode == "disabled":
+            raise ConfigError("nothing would be sent: WANDB_DISABLED or WANDB_MODE says so. Give mode=online.")
         self.recorders: list[Recorder] = []
         self.unreachable: str | None = None
 
@@ -96,7 +98,7 @@ class Sender:
         return outcome
 
     def options(self, folder: Path, config: dict[str, Any]) -> Options:
-        """What the command gives, else where the run is at the server, else the run's own config, else conf/'s."""
+        """What the command gives, else where the run is at the server, else the run's own config, the environment."""
         defaults = OmegaConf.to_container(OmegaConf.load(CONF / "logger" / "wandb.yaml"))
         assert isinstance(defaults, dict)
         own = (config.get("logger") or {}).get("wandb") or {}
@@ -107,8 +109,8 @@ class Sender:
         node.pop("_target_")
         if found := faults(node, signature("ghostnet.wandb.logger.Wandb"), ""):
             raise ConfigError("; ".join(fault.text for fault in found))
-        options = Options(**node)
-        check(options, self.mode)
+        options = completed(Options(**node))
+        check(options.project, self.mode)
         return options
 
     def _needless(self, folder: Path, rows: int, result: bool) -> str | None:
