@@ -61,7 +61,7 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
     from ghostnet.loop import Cadence, Loop
     from ghostnet.models.ghostnet import GhostNet, freeze_backbone, macs
     from ghostnet.models.weights import load_weights
-    from ghostnet.optim import Timeline, fused_sgd_note, scaled_lr
+    from ghostnet.optim import Timeline, fused_sgd_note, scaled_lr, warmup_note
     from ghostnet.seeding import seed_init
     from ghostnet.signals import StopSignal
     from ghostnet.wandb.artifact import located
@@ -137,8 +137,8 @@ def run(job: jobs.Job, ranks: "Ranks") -> dict[str, Any]:
         f"steps   {total_steps:,}: {epochs} epochs of {steps_per_epoch:,} at a global batch of {global_batch_size:,}, "
         f"peak learning rate {peak:.4g}, amp {amp.name}"
     )
-    if cfg["schedule"]["warmup_epochs"] == epochs:
-        console.say(f"note    the warm-up fills all of the training, and comes to the peak of {peak:.4g} at its end")
+    if note := warmup_note(cfg["schedule"], cfg["epochs"], peak):
+        console.say(f"note    {note}")
     mix = build(data["mix"])
     recipe = engine.Recipe(
         preprocessing, mix, schedule, seed, cfg["label_smoothing"], cfg["clip_grad_norm"], accumulate

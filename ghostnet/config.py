@@ -1,5 +1,6 @@
 """The config: its keys beside those of constructors, what is wrong with one, what two of them differ in."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from ghostnet.schema import (
     faults,
     fields,
     signature,
+    whole,
 )
 
 Config = dict[str, Any]
@@ -174,12 +176,32 @@ def build_model(node: Config, num_classes: int) -> Any:  # noqa: ANN401 (whateve
 
 
 def resolved(cfg: DictConfig) -> Config:
-    """Plain dicts and lists with every interpolation replaced by its value, and what compile=VALUE stands for."""
+    """Return plain dicts and lists with every interpolation replaced by its value.
+
+    Of whole numbers 30 stands for 30.0, and what compile=VALUE stands for is written out.
+    """
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
-    if "compile" in container and not isinstance(short := container["compile"], dict):
-        container["compile"] = {"backend": {True: "inductor", False: None}.get(short, short)}
-    return {str(key): value for key, value in container.items()}
+    config = {str(key): value for key, value in container.items()}
+    if "compile" in config and not isinstance(short := config["compile"], dict):
+        config["compile"] = {"backend": {True: "inductor", False: None}.get(short, short)}
+    nodes = [(config, {key: value for schema in SCHEMAS.values() for key, value in fields(schema).items()})]
+    for group, node in config.items():
+        if isinstance(node, dict):
+            schema = GROUP_SCHEMAS.get(group)
+            nodes.append((node, fields(schema) if schema else _constructor(node) | fields(ModelExtras)))
+            nodes += [(inner, _constructor(inner)) for inner in node.values() if isinstance(inner, dict)]
+    for node, parameters in nodes:
+        for key in node.keys() & parameters.keys():
+            node[key] = whole(node[key], parameters[key].type)
+    return config
+
+
+def _constructor(node: Config) -> dict[str, Parameter]:
+    """Return the parameters of a node's _target_, none if it has none that is ours: that is told elsewhere."""
+    with contextlib.suppress(ConfigError):
+        return signature(str(node.get("_target_")))
+    return {}
 
 
 def unresolved(cfg: DictConfig) -> Config:

@@ -191,6 +191,28 @@ class Timeline:
     steps_per_epoch: int
 
 
+def warmup_in_force(warmup_epochs: float, epochs: int, interval: Interval) -> float:
+    """Return the epochs of a warm-up within a training of so many before its cool-down.
+
+    A longer one is shortened, so that epochs=1 alone trains: it comes to the peak at the end of the training, or in the
+    last epoch if the rate changes but once an epoch.
+    """
+    if warmup_epochs <= epochs:
+        return warmup_epochs
+    return epochs if interval == "step" else epochs - 1
+
+
+def warmup_note(schedule: dict[str, Any], epochs: int, peak: float) -> str | None:
+    """Return what is to be said of the warm-up of a schedule's config: that it is shortened, or is all there is."""
+    asked = schedule["warmup_epochs"]
+    used = warmup_in_force(asked, epochs, schedule["interval"])
+    to_peak = f", and comes to the peak of {peak:.4g} at its end" if used == epochs else ""
+    if used < asked:
+        return f"schedule.warmup_epochs={asked:g} is longer than epochs={epochs}: it is shortened to {used:g}{to_peak}"
+    all_of_it = used == epochs + schedule["cooldown_epochs"]
+    return f"the warm-up fills all of the training{to_peak}" if all_of_it else None
+
+
 def _schedule(
     timeline: Timeline,
     decayed: Callable[[float], float],
@@ -204,6 +226,7 @@ def _schedule(
     The warm-up takes the place of the first epochs of `decayed` and delays nothing, as in the reference: where that
     has fallen meanwhile, as a cosine has, the rate steps down from the peak when the warm-up ends.
     """
+    warmup_epochs = warmup_in_force(warmup_epochs, timeline.epochs, interval)
 
     def lr(step: int) -> float:
         epoch = step / timeline.steps_per_epoch if interval == "step" else float(step // timeline.steps_per_epoch)

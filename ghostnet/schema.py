@@ -1,6 +1,7 @@
 """Typed signatures as the schema of the config, read without importing the modules that hold them (torch is slow)."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -149,6 +150,7 @@ def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:  # noqa: ANN401 (an
         return Any
 
 
+@functools.cache
 def fields(schema: type) -> dict[str, Parameter]:
     """The fields of a dataclass, as signature() gives those of a constructor."""
     hints = typing.get_type_hints(schema, include_extras=True)
@@ -170,7 +172,10 @@ def faults(node: Mapping[str, Any], parameters: Mapping[str, Parameter], prefix:
             near = did_you_mean(str(key), parameters).replace("mean ", f"mean {prefix}")
             found.append(Fault((name,), f"{name}: no such key.{near} Known here: {known}."))
         elif (fault := _fault(value, parameters[key].type)) is not None:
-            found.append(Fault((name,), f"{name}={show(value)}: {fault}."))
+            said = f"{name}={show(value)}: {fault}."
+            if isinstance(value, str) and _fault(value_of(value), parameters[key].type) is None:
+                said = f"{name}='{value}': {fault}, not text. Leave the quotes out."
+            found.append(Fault((name,), said))
     for key, parameter in parameters.items():
         if key not in node and parameter.default is REQUIRED:
             allowed = "" if parameter.type is Any else f" It must be {describe(parameter.type)}."
@@ -208,6 +213,25 @@ def _fault(value: Any, kind: Any) -> str | None:  # noqa: ANN401 (values of any 
     else:
         good = not isinstance(kind, type) or isinstance(value, kind)
     return None if good else f"must be {describe(kind)}"
+
+
+def value_of(text: str) -> Any:  # noqa: ANN401 (values of any config)
+    """Return what a text stands for without quotes: a number, true, false, null, or itself."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False, "null": None}.get(text.lower(), text)
+
+
+def whole(value: Any, kind: Any) -> Any:  # noqa: ANN401 (values of any config)
+    """Return 30 for 30.0, in lists too, if a value of that kind must be whole; other values as they are."""
+    if not isinstance(value, float | list):
+        return value
+    if isinstance(value, list):
+        made: Any = [int(item) if isinstance(item, float) and item.is_integer() else item for item in value]
+    else:
+        made = int(value) if isinstance(value, float) and value.is_integer() else value
+    return made if _fault(value, kind) is not None and _fault(made, kind) is None else value
 
 
 def describe(kind: Any) -> str:  # noqa: ANN401 (any annotation)

@@ -164,16 +164,16 @@ def _composing_fault(word: str | None, error: Exception) -> Fault:
     """Why composing failed with one more choice, or with none."""
     keys = (parsed(word).key_or_group,) if word else ()
     said = f"{word}: " if word else ""
-    chosen = CONF / parsed(word).key_or_group / f"{parsed(word).value()}.yaml" if word else None
-    if not isinstance(error, HydraException) and (fault := unreadable(error, chosen)):
+    file = CONF / parsed(word).key_or_group / f"{parsed(word).value()}.yaml" if word else None
+    if not isinstance(error, HydraException) and (fault := unreadable(error, file)):
         return Fault((), fault)
-    if isinstance(error, MissingConfigException) and (file := error.missing_cfg_file):
-        group, _, option = str(file).partition("/")
+    if isinstance(error, MissingConfigException) and (missing := error.missing_cfg_file):
+        group, _, option = str(missing).partition("/")
         known = options(group) if group in groups() else []
         if known:
             chosen = parsed(word) if word else None
-            file = f"{chosen.key_or_group}/{chosen.value()}" if chosen else "local/default"
-            source = Source(CONF / f"{file}.yaml", "")
+            by = f"{chosen.key_or_group}/{chosen.value()}" if chosen else "local/default"
+            source = Source(CONF / f"{by}.yaml", "")
             place = Origins([source] if source.path.is_file() else [], (), ()).told((group,))
             there = f"{did_you_mean(option, known)} There are: {', '.join(known)}.{place}"
             return Fault((group,), f"{group}={option}: no such option.{there}", has_place=False)

@@ -50,17 +50,6 @@ def cards(values: Values) -> Iterator[Fault]:
         yield Fault(("device.ids",), f"device.ids={ids}: names a card twice.")
 
 
-def warm_up(values: Values) -> Iterator[Fault]:
-    """The warm-up ends within the training, at its end at the latest."""
-    warmup, epochs = _number(values, "schedule.warmup_epochs"), _number(values, "epochs")
-    if warmup is not None and epochs is not None and warmup > epochs >= 1:
-        yield Fault(
-            ("schedule.warmup_epochs", "epochs"),
-            f"schedule.warmup_epochs={warmup:g}: the warm-up is longer than the training, epochs={epochs:g}, and the "
-            f"learning rate never reaches its peak. Give schedule.warmup_epochs={epochs:g} or less, or more epochs.",
-        )
-
-
 def decay(values: Values) -> Iterator[Fault]:
     """A schedule of steps takes one."""
     first, epochs = _number(values, "schedule.decay_epochs"), _number(values, "epochs")
@@ -155,5 +144,5 @@ def skipping(values: Values) -> Iterator[Fault]:
 
 
 FINDERS: tuple[Callable[[Values], Iterator[Fault]], ...] = (
-    *(image_size, cards, warm_up, decay, momentum, compiled, synchronized, batch, classes, skipping),
+    *(image_size, cards, decay, momentum, compiled, synchronized, batch, classes, skipping),
 )

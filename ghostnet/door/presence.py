@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,21 @@ class Presence:
                 found.append(Fault(("baseline",), str(error)))
         # A cluster's or another machine's cards are not these.
         here = str(hydra.launcher.get("_target_")).startswith(HERE)
+        if here and self.trains and values.get("logger.wandb._target_"):
+            found += _no_wandb(values.get("logger.wandb.project"), values.get("logger.wandb.mode"))
         return found + (lacks(values) if here else [])
+
+
+def _no_wandb(project: Any, mode: Any) -> list[Fault]:  # noqa: ANN401 (values of any config)
+    """Return why Weights & Biases would refuse to record, as far as that can be told without it."""
+    from ghostnet.wandb import logger  # only here: rich takes a while
+
+    try:
+        own = project if isinstance(project, str) else os.environ.get("WANDB_PROJECT")
+        logger.check(own, logger.in_force(mode))
+    except ConfigError as error:
+        return [Fault(("logger.wandb.project",), str(error), has_place=str(error).startswith("logger.wandb.project"))]
+    return []
 
 
 @functools.cache

@@ -64,9 +64,15 @@ def job_name(differs: dict[str, str]) -> str:
     return (name if name == text else f"{name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:6]}") or "job"
 
 
+def plain(word: str) -> str:
+    """Return key=null,2.0 for key=choice(null,2.0), which is the same to Hydra, whose choice() takes no null."""
+    found = re.fullmatch(r"([^=]+=)\s*choice\((.*\bnull\b.*)\)\s*", word, re.IGNORECASE)
+    return found[1] + found[2].strip() if found else word
+
+
 def words_of(params: DictConfig | dict[str, Any] | None) -> list[str]:
     """The words of hydra.sweeper.params."""
-    return [f"{key!s}={value}" for key, value in (params or {}).items()]
+    return [plain(f"{key!s}={value}") for key, value in (params or {}).items()]
 
 
 def jobs_at_the_door(parsed: Sequence[Override], hydra: DictConfig | None) -> list[SweepJob]:

@@ -21,7 +21,7 @@ from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError, PeerFailed, UserError, explain
 from ghostnet.experiments import record, workers
 from ghostnet.experiments.folders import Place, claim, settle
-from ghostnet.experiments.grid import OPTUNA
+from ghostnet.experiments.grid import OPTUNA, plain
 from ghostnet.experiments.jobs import Run, command_line, entered, failed, say, terminated, there, watched
 from ghostnet.experiments.rerun import expanded
 from ghostnet.secrets import NAME, found_in
@@ -72,7 +72,8 @@ def enter(name: str, main: Callable[[], Any], run: Run, trains: bool) -> None:
     folder, code = None, 0
     try:
         if not (args.hydra_help or args.shell_completion):
-            overrides = expanded(args.overrides, args.multirun) if trains else args.overrides
+            overrides = [plain(word) for word in args.overrides]
+            overrides = expanded(overrides, args.multirun) if trains else overrides
             sys.argv[1:] = [word for word in words if word not in args.overrides] + overrides
             look: Look = Presence(trains) if not asks else lambda *_: []
             checked = examine(name, overrides, args.multirun, look)

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ghostnet import interrupts, output
+from ghostnet.door.typed import check_line_ends
 from ghostnet.errors import explain
 
 Say = Callable[[str], None]
@@ -23,6 +24,7 @@ def ended(run: Callable[[list[str]], int | None], doc: str | None, typed: list[s
         print((doc or "").strip())
         return 0
     try:
+        check_line_ends(typed)
         return run(typed) or 0
     except KeyboardInterrupt:
         say("stopped, as asked.")

@@ -20,10 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ghostnet import output
+from ghostnet.door.typed import check_line_ends, without_dashes
 from ghostnet.errors import ConfigError, UserError, explain
 from ghostnet.experiments import record
 from ghostnet.schema import faults, signature
-from ghostnet.wandb.logger import ID_FILE, Options, check, in_force, request
+from ghostnet.wandb.logger import ID_FILE, Options, check, completed, in_force, request
 from ghostnet.wandb.process import Recorder
 from ghostnet.wandb.recorder import state
 
@@ -50,7 +51,9 @@ class Sender:
 
     def __init__(self, given: dict[str, Any], progress: Any) -> None:  # noqa: ANN401 (rich's)
         self.given, self.progress = given, progress
-        self.mode = given.get("mode") or in_force("online")
+        self.mode = in_force(given.get("mode"))
+        if self.mode == "disabled":
+            raise ConfigError("nothing would be sent: WANDB_DISABLED or WANDB_MODE says so. Give mode=online.")
         self.recorders: list[Recorder] = []
         self.unreachable: str | None = None
 
@@ -95,7 +98,7 @@ class Sender:
         return outcome
 
     def options(self, folder: Path, config: dict[str, Any]) -> Options:
-        """What the command gives, else where the run is at the server, else the run's own config, else conf/'s."""
+        """What the command gives, else where the run is at the server, else the run's own config, the environment."""
         defaults = OmegaConf.to_container(OmegaConf.load(CONF / "logger" / "wandb.yaml"))
         assert isinstance(defaults, dict)
         own = (config.get("logger") or {}).get("wandb") or {}
@@ -106,8 +109,8 @@ class Sender:
         node.pop("_target_")
         if found := faults(node, signature("ghostnet.wandb.logger.Wandb"), ""):
             raise ConfigError("; ".join(fault.text for fault in found))
-        options = Options(**node)
-        check(options, self.mode)
+        options = completed(Options(**node))
+        check(options.project, self.mode)
         return options
 
     def _needless(self, folder: Path, rows: int, result: bool) -> str | None:
@@ -218,8 +221,11 @@ def main(words: list[str]) -> int:
         print(f"{(__doc__ or '').strip()}\n\n{settings}")
         return 0
     try:
+        check_line_ends(words)
         if flags := [word for word in words if word.startswith("-")]:
-            raise ConfigError(f"{flags[0]}: no such flag. Settings are given as key=value; --help lists them.")
+            keys = signature("ghostnet.wandb.logger.Wandb")
+            hint = without_dashes(flags[0], keys) or " Settings are given as key=value."
+            raise ConfigError(f"{flags[0]}: no such flag.{hint} --help lists them.")
         return 1 if sync(words) else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
 
@@ -24,19 +24,31 @@ ID_FILE = "wandb_id"
 FORBIDDEN = set("/\\#?%:")
 """Characters that a project's name can't have."""
 Mode = Literal["online", "offline", "disabled"]
+ENVIRONMENT = {
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+    "group": "WANDB_RUN_GROUP",
+    "name": "WANDB_NAME",
+    "job_type": "WANDB_JOB_TYPE",
+    "tags": "WANDB_TAGS",
+    "notes": "WANDB_NOTES",
+}
+"""Which of wandb's variables gives an option that the config leaves null."""
+DEFAULTS: dict[str, Any] = {"project": "ghostnet", "job_type": "train", "tags": []}
+"""Of options that neither gives."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a logger group says of Weights & Biases; conf/logger/wandb.yaml explains each."""
 
-    project: str
-    mode: Mode
+    project: str | None
+    mode: Mode | None
     entity: str | None
     group: str | None
     name: str | None
     job_type: str | None
-    tags: list[str]
+    tags: list[str] | None
     notes: str | None
     artifact: bool
     timeout: float
@@ -51,30 +63,31 @@ class Wandb:
 
     def __init__(
         self,
-        project: str,
-        mode: Mode,
+        project: str | None,
+        mode: Mode | None,
         entity: str | None,
         group: str | None,
         name: str | None,
         job_type: str | None,
-        tags: list[str],
+        tags: list[str] | None,
         notes: str | None,
         artifact: bool,
         timeout: Positive,
     ) -> None:
-        self.options = Options(project, mode, entity, group, name, job_type, tags, notes, artifact, timeout)
+        self.options = completed(Options(project, mode, entity, group, name, job_type, tags, notes, artifact, timeout))
         self.mode = in_force(mode)
         self.recorder: Recorder | None = None
         self.failed = self.ending = False
-        check(self.options, self.mode)
+        check(self.options.project, self.mode)
 
     def start(self, run: RunInfo) -> None:
         """Start the process that records, or goes on with, the run."""
+        self.folder, self.step, self.prefix = run.folder, run.step, run.prefix
         if self.mode == "disabled":
+            if self.options.mode is None:
+                self._say("Weights & Biases records nothing: WANDB_DISABLED or WANDB_MODE says so.")
             return
-        self.folder = run.folder
         wanted = request(run.folder, run.config, self.options, online=self.mode == "online", live=True)
-        self.step, self.prefix = run.step, run.prefix
         try:
             (run.folder / ID_FILE).write_text(wanted.id + "\n", encoding="utf-8")
             self.recorder = Recorder(wanted)
@@ -136,16 +149,37 @@ class Wandb:
         self.recorder, self.failed = None, True
 
 
-def in_force(mode: str) -> str:
-    """The mode, or what WANDB_MODE says instead of online: that is how clusters tell that there is no network."""
-    said = os.environ.get("WANDB_MODE", "online") if mode == "online" else mode
-    return {"dryrun": "offline", "run": "online", "shared": "online"}.get(said, said)
+def in_force(mode: str | None) -> str:
+    """Return the mode that a config gives, else what WANDB_DISABLED and WANDB_MODE say, else online.
+
+    ConfigError if WANDB_MODE is no mode.
+    """
+    if mode is not None:
+        return mode
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "disabled"
+    said = os.environ.get("WANDB_MODE") or "online"
+    known = {"dryrun": "offline", "run": "online", "shared": "online"}.get(said, said)
+    if known not in get_args(Mode):
+        raise ConfigError(f"WANDB_MODE={said}: must be one of {', '.join(get_args(Mode))}.")
+    return known
 
 
-def check(options: Options, mode: str) -> None:
-    """ConfigError where wandb would refuse the options, or isn't installed."""
-    if bad := FORBIDDEN & set(options.project):
-        raise ConfigError(f"logger.wandb.project={options.project}: a project's name can't have {' '.join(bad)}.")
+def completed(options: Options) -> Options:
+    """Return the options with the environment's, else the defaults, in the places of those that are null."""
+    left = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is None]
+    said = {key: os.environ[name] for key, name in ENVIRONMENT.items() if key in left and os.environ.get(name)}
+    values: dict[str, Any] = {key: value for key, value in DEFAULTS.items() if key in left} | said
+    if "tags" in said:
+        values["tags"] = [tag.strip() for tag in said["tags"].split(",") if tag.strip()]
+    return dataclasses.replace(options, **values)
+
+
+def check(project: str | None, mode: str) -> None:
+    """Raise ConfigError if wandb would refuse the project's name, or isn't installed."""
+    if bad := FORBIDDEN & set(project or ""):
+        name = "WANDB_PROJECT" if project == os.environ.get("WANDB_PROJECT") else "logger.wandb.project"
+        raise ConfigError(f"{name}={project}: a project's name can't have {' '.join(bad)}.")
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger=wandb: wandb is not installed: pip install wandb, or leave logger=wandb out.")
 
@@ -154,12 +188,14 @@ def request(folder: Path, config: dict[str, Any], options: Options, *, online: b
     """What a recorder is to be told of the run in a folder.
 
     A job of a sweep: the group is the sweep's, the name says what differs, unless the options say otherwise. Under an
-    agent of a Weights & Biases sweep the run's id and place are the agent's.
+    agent of a Weights & Biases sweep the run's id and place are the agent's. The id of another new run is WANDB_RUN_ID,
+    if that is given for it alone and not for the jobs of a sweep.
     """
     id_file = folder / ID_FILE
-    known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else uuid.uuid4().hex[:8]
     agent = bool(os.environ.get("WANDB_SWEEP_ID")) and live
     sweep, differs, record = described(folder)
+    given = os.environ.get("WANDB_RUN_ID") if live and not sweep else None
+    known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else given or uuid.uuid4().hex[:8]
     if agent and sweep:
         raise ConfigError("logger=wandb: an agent of a W&B sweep runs one job at a time: leave out -m.")
     wanted = {

@@ -213,8 +213,11 @@ def opened(wandb: Any, request: Request, channel: Channel) -> tuple[Any, bool]: 
         "stop_fn": lambda: channel.tell("stop"),
     }
 
+    place = os.environ.get("WANDB_DIR") or request.folder
+    Path(place).mkdir(parents=True, exist_ok=True)
+
     def init(mode: str) -> Any:  # noqa: ANN401 (a run of wandb)
-        return wandb.init(mode=mode, dir=request.folder, resume="allow", settings=settings, **request.options)
+        return wandb.init(mode=mode, dir=place, resume="allow", settings=settings, **request.options)
 
     why = None
     if request.online:

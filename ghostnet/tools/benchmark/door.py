@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ghostnet.config import Config, TrainConfig
 from ghostnet.door.groups import groups
+from ghostnet.door.manual import settings
 from ghostnet.door.overrides import check_command
+from ghostnet.door.typed import without_dashes
 from ghostnet.errors import ConfigError
 from ghostnet.schema import did_you_mean
 from ghostnet.tools.benchmark import checkpoints
@@ -65,18 +67,19 @@ def check(typed: list[str]) -> Case:
         near = did_you_mean(typed[0], OWN) if typed else ""
         raise ConfigError(f"{f'{typed[0]}: no such benchmark.{near}' if typed else 'which benchmark?'} {FORM}")
     benchmark, words, own, faults = typed[0], [], Own(), []
+    config = "evaluate" if benchmark == "evaluate" else "train"
     for word in typed[1:]:
         key, _, value = word.partition("=")
         try:
             if word.startswith("-"):
-                raise ConfigError(f"{word}: a benchmark takes the words of one job, and no flags.")
+                hint = without_dashes(word, [*COMMON, *OWN[benchmark], *settings(config)])
+                raise ConfigError(f"{word}: a benchmark takes the words of one job, and no flags.{hint}")
             if _is_own(benchmark, key):
                 setattr(own, key, _value(key, value))
             else:
                 words.append(word)
         except ConfigError as fault:
             faults.append(str(fault))
-    config = "evaluate" if benchmark == "evaluate" else "train"
     words = _completed(benchmark, words)
     try:
         given = ["ckpt=weights.pt"] if config == "evaluate" else []

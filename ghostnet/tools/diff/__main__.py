@@ -9,6 +9,7 @@ import shlex
 from typing import Any
 
 from ghostnet.config import flat
+from ghostnet.door.typed import without_dashes
 from ghostnet.errors import UserError
 from ghostnet.experiments import rerun
 from ghostnet.loggers import jsonable
@@ -31,7 +32,7 @@ def split(typed: list[str]) -> tuple[str, str, bool]:
             raise UserError(f"{word}: there are {', '.join(JSON)}.")
     for word in paths:
         if word.startswith("-"):
-            raise UserError(f"{word}: no such flag. {FORM}")
+            raise UserError(f"{word}: no such flag.{without_dashes(word, ('json', 'format'))} {FORM}")
         key, equals, _ = word.partition("=")
         if equals and "/" not in key and (near := did_you_mean(key, ("json", "format"))):
             raise UserError(f"{word}: no such word.{near}=…")

@@ -38,7 +38,9 @@ def examine(words: list[str]) -> Findings:
     if any(finding.status == FAIL for finding in base):
         yield from base
         return
+    from ghostnet.door.manual import settings
     from ghostnet.door.overrides import check_command
+    from ghostnet.door.typed import without_dashes
     from ghostnet.errors import ConfigError
     from ghostnet.experiments.folders import settle
 
@@ -46,7 +48,8 @@ def examine(words: list[str]) -> Findings:
     try:
         count = how_many(own[-1].removeprefix("images=") if own else "200")
         if flags := [word for word in words if word.startswith("-")]:
-            raise ConfigError(f"{flags[0]}: the doctor takes the words of one job, and no flags.")
+            hint = without_dashes(flags[0], ["images", *settings("train")])
+            raise ConfigError(f"{flags[0]}: the doctor takes the words of one job, and no flags.{hint}")
         checked = check_command("train", [word for word in words if word not in own], multirun=False)
     except ConfigError as error:
         yield from (Finding(FAIL, fault, name="config") for fault in str(error).split("\n       "))

@@ -51,11 +51,15 @@ def run_folder(case: Case) -> Findings:
 
 def wandb(case: Case) -> Findings:
     """Whether there is a login for Weights & Biases, where it is asked for."""
-    node = case.cfg["logger"]["wandb"] or {"mode": "disabled"}
-    mode = os.environ.get("WANDB_MODE", "online") if node["mode"] == "online" else node["mode"]
+    from ghostnet.wandb.logger import in_force
+
+    node = case.cfg["logger"]["wandb"]
+    mode = in_force(node["mode"]) if node else "disabled"
     login = "import sys, wandb; sys.exit(0 if wandb.login(prompt=False, verify=False) else 'no login')"
-    if node["mode"] != "disabled" and installed("wandb") is None:
+    if mode != "disabled" and installed("wandb") is None:
         yield Finding(FAIL, "not installed", "pip install -r requirements.txt, or logger=default")
+    elif node and mode == "disabled":
+        yield Finding(OK, "records nothing, as asked")
     elif mode == "offline":
         yield Finding(OK, "records offline, as asked")
     elif mode == "online":

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from ghostnet.door.typed import without_dashes
 from ghostnet.errors import ConfigError
 from ghostnet.schema import did_you_mean
 from ghostnet.tools.leaderboard.query import Condition, parse
@@ -52,7 +53,8 @@ def _take(words: Words, word: str) -> None:
     elif word and path.is_dir():  # a folder's name may have a = in it
         words.roots.append(path)
     elif word.startswith("-"):
-        raise ConfigError(f"{word}: no such flag. There are folders, and {'=…, '.join(KEYS)}=….")
+        hint = without_dashes(word, KEYS) or f" There are folders, and {'=…, '.join(KEYS)}=…."
+        raise ConfigError(f"{word}: no such flag.{hint}")
     elif equals and "/" not in key:
         raise ConfigError(f"{key}: no such word.{did_you_mean(key, KEYS)} There are {', '.join(KEYS)}.")
     else:

@@ -20,6 +20,7 @@ from ghostnet import output, watchdog
 from ghostnet.config import Config
 from ghostnet.door import manual
 from ghostnet.door.overrides import check_command
+from ghostnet.door.typed import check_line_ends, without_dashes
 from ghostnet.door.words import quoted
 from ghostnet.errors import ConfigError, UserError, explain
 
@@ -192,8 +193,10 @@ def main(words: list[str]) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # a file name may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        check_line_ends(words)
         if flags := [word for word in words if word.startswith("-")]:
-            raise ConfigError(f"{flags[0]}: no such flag. Settings are given as key=value; --help lists them.")
+            hint = without_dashes(flags[0], manual.settings("pack")) or " Settings are given as key=value."
+            raise ConfigError(f"{flags[0]}: no such flag.{hint} --help lists them.")
         pack(check_command("pack", words, multirun=False).jobs[0])
         return 0
     except Stopped as signalled:

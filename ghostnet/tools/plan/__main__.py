@@ -28,6 +28,7 @@ from ghostnet.door.presence import Presence
 from ghostnet.errors import ConfigError
 from ghostnet.experiments import launch
 from ghostnet.experiments.folders import Place
+from ghostnet.experiments.grid import plain
 from ghostnet.experiments.jobs import say
 from ghostnet.experiments.record import is_done
 from ghostnet.experiments.rerun import expanded
@@ -45,7 +46,7 @@ SLOWED_BY = ("model", "data", "amp", "device", "accumulate", "ema_decay", "sync_
 def plan(typed: list[str]) -> None:
     """Check, find out, print; UserError with one message."""
     own, typed_words, flag = door.split(typed)
-    words = expanded(typed_words, flag)
+    words = expanded([plain(word) for word in typed_words], flag)
     checked = examine_command("train", words, flag, Presence(trains=True))
     place = launch.pass_door(checked, None, words, settles=True)
     assert place is not None

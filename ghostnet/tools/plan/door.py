@@ -10,7 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ghostnet.config import Config, TrainConfig, flat
 from ghostnet.door.groups import CONF, groups
+from ghostnet.door.manual import settings
 from ghostnet.door.overrides import Checked
+from ghostnet.door.typed import without_dashes
 from ghostnet.errors import ConfigError
 from ghostnet.experiments.grid import jobs_at_the_door, words_of
 from ghostnet.schema import did_you_mean, fields
@@ -50,7 +52,8 @@ def split(typed: list[str]) -> tuple[Own, list[str], bool]:
         key, _, value = word.partition("=")
         try:
             if word.startswith("-"):
-                raise ConfigError(f"{word}: the plan takes the words of train.py, -m, and no other flag.")
+                hint = without_dashes(word, [*OWN, *settings("train")])
+                raise ConfigError(f"{word}: the plan takes the words of train.py, -m, and no other flag.{hint}")
             if key in OWN:
                 setattr(own, key, _value(key, value))
             else:

@@ -4,6 +4,7 @@ import textwrap
 from typing import Any
 
 from ghostnet.config import Config
+from ghostnet.optim import warmup_in_force, warmup_note
 from ghostnet.tools.plan import curve
 from ghostnet.tools.plan.facts import Facts
 from ghostnet.tools.plan.job import Job
@@ -75,10 +76,10 @@ def _rate(job: Job) -> list[str]:
     facts, node = job.facts, job.cfg["schedule"]
     name = node["_target_"].rpartition(".")[2]
     words = [f"{name}, peak {facts.peak:.4g}, from {facts.lr(0):.3g} to {facts.lr(facts.total_steps - 1):.3g}"]
-    words[0] += f", {node['warmup_epochs']:g} epochs of warm-up" if node["warmup_epochs"] else ""
-    if node["warmup_epochs"] >= facts.epochs:
-        words.append("the warm-up fills all of the training and never reaches the peak")
-    return words
+    warmup = warmup_in_force(node["warmup_epochs"], job.cfg["epochs"], node["interval"])
+    words[0] += f", {warmup:g} epochs of warm-up" if warmup else ""
+    note = warmup_note(node, job.cfg["epochs"], facts.peak)
+    return [*words, note] if note else words
 
 
 def _memory(facts: Facts) -> list[str]:
