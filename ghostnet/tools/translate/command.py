@@ -60,9 +60,10 @@ def translate(line: Line) -> Command:
 
 
 def _version(line: Line, command: Command) -> None:
+    """Tell which version the line was taken for, how that is known, and what it has of its own."""
     told = ["both evaluate alike"]
     if line.program == "train":
-        values = f"loss scale {_text(line.of.loss_scale)}, {line.of.cooldown} cool-down epochs unless it is told others"
+        values = f"loss scale {_text(line.of.loss_scale)}, {line.of.cooldown} cool-down epochs unless others are given"
         told = [f"PyTorch {line.version}, {line.told_by}", f"{values}; published: {line.of.results}"]
     command.remarks += [(VERSION, "", text) for text in told]
 
@@ -141,7 +142,7 @@ def _training(line: Line, command: Command) -> None:
 
 
 def _differing(wanted: dict[str, Any], base: dict[str, Any]) -> list[str]:
-    """The words that give a command whose values are `base` those of `wanted`."""
+    """The words for those of `wanted` that differ from `base`, the values that a command has without them."""
     return [
         f"{key}={_text(new)}"
         for key, new in wanted.items()

@@ -206,7 +206,7 @@ VERSIONS = {
     "1.8": Version("73.129 % at 9,559 img/s on 8 cards, August 2022", 2, "dynamic", "python3", "env_npu.sh"),
 }
 ASSUMED = "1.8"
-"""The version whose results the reference publishes, and that the experiments here follow."""
+"""The later version, whose results are the targets of the experiments here."""
 RECIPE: dict[str, Any] = {
     "--opt": "npufusedsgd", "--weight-decay": 4e-5, "--momentum": 0.9, "--sched": "cosine", "--warmup-lr": 1e-6,
     "--warmup-epochs": 4, "--drop": 0.2, "--clip-grad": 2.0, "-b": 1024, "--amp": True,
