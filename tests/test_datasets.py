@@ -76,7 +76,7 @@ def test_pictures_of_a_folder_come_sorted_with_the_labels_of_their_folders(tmp_p
 
 def test_hidden_files_other_files_and_folders_in_a_class_are_passed_over(root):
     save(root / "train/.thumbnails/1.png", 1)
-    save(root / "train/cat/nested/1.png", 1)
+    save(root / "train/cat/.nested/1.png", 1)
     (root / "train/cat/._1.png").write_bytes(b"of a Mac")
     (root / "train/cat/labels.txt").write_text("cat")
     (root / "train/notes.png").write_text("no class")
@@ -115,7 +115,7 @@ def broken_root(case, root):
             save(root / "train/1.png", 1)
         case "no images":
             for file in (root / "train").rglob("*.png"):
-                file.rename(file.with_suffix(".tif"))
+                file.rename(file.with_suffix(".svg"))
         case "an empty class":
             (root / "train/eel").mkdir()
         case "a class of hidden files":

@@ -30,14 +30,17 @@ NAMES += [
 ]
 
 
+FORMATS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+
 def reference(folder):
     """(class, file) of every picture, in order."""
     _, classes, _ = next(os.walk(folder))
     found = []
     for name in sorted(classes):
         _, folders, files = next(os.walk(folder / name))
-        pictures = [file for file in folders + files if Path(file).suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}]
-        found += [(name, file) for file in sorted(pictures) if not file.startswith(".") and not name.startswith(".")]
+        images = [file for file in folders + files if Path(file).suffix.lower() in FORMATS]
+        found += [(name, file) for file in sorted(images) if not file.startswith(".") and not name.startswith(".")]
     return found
 
 
@@ -160,9 +163,7 @@ def test_after_any_change_the_index_is_that_of_a_plain_walk_with_and_without_cac
 
 
 def test_the_order_is_that_of_str_not_of_bytes(folder, settled):
-    names = sorted(
-        name for name in NAMES if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and name[0] != "."
-    )
+    names = sorted(name for name in NAMES if name.lower().endswith(tuple(FORMATS)) and name[0] != ".")
     assert names != sorted(names, key=os.fsencode)
     for name in NAMES:
         write(folder / "ant" / name)
@@ -324,7 +325,7 @@ def test_the_cache_of_another_folder_is_passed_over(folder, cache, settled, list
     assert len(listed) == 3
 
 
-@pytest.mark.parametrize(("name", "value"), [("FORMAT", 0), ("EXTENSIONS", (".png", ".tif"))])
+@pytest.mark.parametrize(("name", "value"), [("FORMAT", 0), ("EXTENSIONS", (".png", ".xyz"))])
 def test_a_cache_of_another_version_is_passed_over(name, value, folder, cache, settled, listed, monkeypatch):
     write(folder / "cat/2.tif")
     with monkeypatch.context() as earlier:

@@ -292,7 +292,16 @@ def test_class_names_that_do_not_go_with_the_labels_are_told(text, message, othe
         Shards("train", str(others))
 
 
-ODD = ["../../../escape", "/tmp/absolute", "x" * 300 + "/" + "y" * 200, "ü\udcff", "a b'\n", "CON", "./dot/1"]
+ODD = [
+    "../../../escape",
+    "/tmp/absolute",
+    "x" * 300 + "/" + "y" * 200,
+    "ü\udcff",
+    "a b'\n",
+    "CON",
+    "./dot/1",
+    "dot/1.5",
+]
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -308,7 +317,7 @@ def test_shards_are_scanned_once_and_again_when_they_change(others, monkeypatch,
     assert len(Shards("train", str(others))) == 12
     assert len(list(cache.iterdir())) == 1
     real, calls = shards.scan, []
-    monkeypatch.setattr(shards, "scan", lambda path: (calls.append(path.name), real(path))[1])
+    monkeypatch.setattr(shards, "scan", lambda path, classes: (calls.append(path.name), real(path, classes))[1])
     assert len(Shards("train", str(others))) == 12
     assert not calls
     tar(others / "train/part-1.tar", samples(5, 4))

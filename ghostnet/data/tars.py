@@ -28,7 +28,7 @@ TAR_RULES = 2
 ROW = np.dtype([("shard", np.uint32), ("offset", np.int64), ("length", np.uint32), ("crc", np.uint32)])
 """Where an image lies: shard, first byte and bytes of its data, CRC-32 of its header or of its header and data."""
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.void]]
-NO_SAMPLE = re.compile(r"(^|/)(\.[^/]|__MACOSX/|@eaDir/)|^__[^/]*__($|/)")
+NO_SAMPLE = re.compile(r"(^|/)(\.(?!\.?/)|__MACOSX/|@eaDir/)|^__[^/]*__($|/)")
 """Names of what systems and WebDataset's own tools put among the samples."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 
