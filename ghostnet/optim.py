@@ -264,6 +264,7 @@ def linear(
     interval: Interval,
 ) -> Schedule:
     """A straight line from the peak at the end of the warm-up to min_lr at the last epoch."""
+    warmup_epochs = warmup_in_force(warmup_epochs, timeline.epochs, interval)
 
     def decayed(epoch: float) -> float:
         left = (timeline.epochs - epoch) / (timeline.epochs - warmup_epochs)

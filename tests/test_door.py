@@ -1,5 +1,6 @@
 """The door as users meet it: every fault by whole commands, where it was set, in how much time; help and completion."""
 
+import json
 import os
 import re
 import shutil
@@ -51,10 +52,10 @@ LISTED = {
     "width 0": (["model.width=0"], ["model.width=0: must be a number > 0."]),
     "a range upside down": (["data.augment.scale=[1,0.1]"], ["[least, most]"]),
     "two colours": (["data.preprocessing.std=[1,1]"], ["[red, green, blue]"]),
-    "warm-up too long": (
-        ["schedule.warmup_epochs=11"],
-        ["schedule.warmup_epochs=11: the warm-up is longer", "epochs=10", "quickstart.yaml, line 9."],
-    ),
+    "quoted number": (["optim.lr='0.1'"], ["optim.lr='0.1': must be a number > 0, not text. Leave the quotes out."]),
+    "quoted null": (["save_every='null'"], ["save_every='null': ", "Leave the quotes out."]),
+    "not whole": (["epochs=1.5"], ["epochs=1.5: must be a whole number >= 1."]),
+    "search path": (["hydra.searchpath=[file:///tmp]"], ["hydra.searchpath: this program reads its own conf/ alone."]),
     "+typo": (["+typo=1"], ["typo: no such key."]),
     "++typo": (["++modle.width=1"], ["modle.width: no such key. Did you mean model.width?"]),
     "+ of what is there": (["+optim.lr=1"], ["optim.lr is there already. Leave the + out."]),
@@ -247,6 +248,13 @@ def test_jobs_are_composed_as_hydra_composes_them(words: list[str]) -> None:
         (["--epochs", "3"], ["--epochs: no such flag. Settings are given without dashes: epochs=…"]),
         (["--warmup-epochs=3"], ["Settings are given without dashes: schedule.warmup_epochs=…"]),
         (["--lr=3"], ["optim.lr=…"]),
+        (["--optim.lr=0.1"], ["Settings are given without dashes: optim.lr=…"]),
+        (["--model=ghostnet_050"], ["Settings are given without dashes: model=…"]),
+        (["--data", "samples"], ["Settings are given without dashes: data=…"]),
+        (["--experiment=quickstart"], ["Settings are given without dashes: experiment=…"]),
+        (["--hydra.run.dir=x"], ["Settings are given without dashes: hydra.run.dir=…"]),
+        (["epochs=1\r"], ["Windows line ends", "dos2unix"]),
+        (["epochs=1", "\r"], ["Windows line ends", "dos2unix"]),
         (["--multirunn"], ["Did you mean --multirun?"]),
         (["--cfg", "foo"], ["invalid choice: 'foo'"]),
         (["-m", "--cfg", "job"], ["leave -m out"]),
@@ -258,6 +266,142 @@ def test_jobs_are_composed_as_hydra_composes_them(words: list[str]) -> None:
 def test_a_flag_that_is_none_is_told_with_what_was_meant(project: Path, flags: list[str], parts: list[str]) -> None:
     (line,) = told(project, *flags)
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "meant"),
+    [
+        (["evaluate.py"], ["--ckpt=x"], "ckpt"),
+        (["-m", "ghostnet.tools.plan"], ["--optim.lr=0.1"], "optim.lr"),
+        (["-m", "ghostnet.tools.plan"], ["--fps=3"], "fps"),
+        (["-m", "ghostnet.tools.doctor"], ["--data=samples"], "data"),
+        (["-m", "ghostnet.tools.benchmark"], ["step", "--data.batch-size=8"], "data.batch_size"),
+        (["-m", "ghostnet.tools.benchmark"], ["evaluate", "--ckpt=x"], "ckpt"),
+        (["-m", "ghostnet.tools.pack"], ["--data.root=x"], "data.root"),
+        (["-m", "ghostnet.tools.wandb_sync"], ["--project=x"], "project"),
+        (["-m", "ghostnet.tools.diff"], ["a", "b", "--json=true"], "json"),
+        (["-m", "ghostnet.tools.leaderboard"], ["--sort=top1"], "sort"),
+    ],
+    ids=str,
+)
+def test_every_program_tells_that_settings_have_no_dashes_and_scripts_no_windows_line_ends(
+    program: list[str], words: list[str], meant: str
+) -> None:
+    for typed, part in ((words, f"without dashes: {meant}=…"), ([*words[:-1], "x=1\r"], "Windows line ends")):
+        command = [sys.executable, *program, *typed]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert part in " ".join((done.stdout + done.stderr).split())
+        assert "Traceback" not in done.stderr
+
+
+GBK = "# @package _global_\n# 实验\nepochs: 7\n".encode("gbk")
+FILES = {
+    "gbk": (GBK, "line 2: is not UTF-8. Save the file as UTF-8."),
+    "mac": (b"\0\5\x16\7\0\2\0\0\xff\xfe", "line 1: is not UTF-8. Save the file as UTF-8."),
+    "utf16": ("# @package _global_\nepochs: 7\n".encode("utf-16"), "line 1: is not UTF-8. Save the file as UTF-8."),
+    "control": (b"# @package _global_\nepochs: 7\n# \x07\n", "line 3: special characters are not allowed."),
+    "tab": (b"# @package _global_\nmodel:\n\twidth: 1\n", "line 3: found character '\\t' that cannot start any token."),
+    "list": (b"# @package _global_\n- epochs\n", "line 2: key: value is expected."),
+    "number": (b"7\n", "line 1: key: value is expected."),
+    "headless": (
+        b"epochs: 7\n",
+        "line 1: must be '# @package _global_', else its keys are not those of the whole config.",
+    ),
+    "late": (b"# mine\n# @package _global_\nepochs: 7\n", "line 1: must be '# @package _global_', else "),
+    "bom": (b"\xef\xbb\xbf# @package _global_\nepochs: 7\n", "line 1: a byte order mark (BOM) hides '# @package"),
+}
+
+
+def finished(project: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    where = environment() | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=project, env=where, capture_output=True, text=True, timeout=60)
+
+
+def test_files_that_cant_be_read_disturb_no_command_that_does_not_choose_them(project: Path) -> None:
+    for name, (text, _) in FILES.items():
+        for group in ("experiment", "optim", "data"):
+            (project / "conf" / group / f"{name}.yaml").write_bytes(text)
+        (project / "conf" / "experiment" / f"._{name}.yaml").write_bytes(text)
+    assert "epochs: 10\n" in finished(project, "train.py", QUICK, "--cfg", "job").stdout
+    (line,) = told(project, QUICK, "optim.lrr=1")
+    assert line.startswith("optim.lrr: no such key. Did you mean optim.lr?")
+    (line,) = told(project, QUICK, "optim.beta=1")
+    assert "no such key" in line
+    assert "Settings are given without dashes: optim.lr=" in told(project, "--lr=1")[0]
+    (line,) = told(project, QUICK, "experiment=._gbk")
+    assert "no such option" in line
+    assert "._" not in line.partition("There are:")[2]
+    assert "\nValues. key=value sets one" in finished(project, "train.py", "--help").stdout
+    evaluated = finished(project, "evaluate.py", "--help")
+    assert (evaluated.returncode, evaluated.stderr) == (0, "")
+    planned = finished(project, "-m", "ghostnet.tools.plan", QUICK)
+    assert (planned.returncode, planned.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cant_be_read_is_one_message_with_its_line_if_it_is_chosen(project: Path, name: str) -> None:
+    text, fault = FILES[name]
+    (project / "conf" / "experiment" / "mine.yaml").write_bytes(text)
+    lines = told(project, "experiment=mine", "data=samples")
+    assert lines[0].startswith(f"conf/experiment/mine.yaml, {fault}")
+    assert len(lines) == 1
+    (project / "conf" / "experiment" / "mine.yaml").unlink()
+    (project / "conf" / "local").mkdir()
+    (project / "conf" / "local" / "default.yaml").write_bytes(text)
+    for words in (["epochs=3", "data=samples"], [QUICK]):
+        (line,) = told(project, *words)
+        assert line.startswith(f"conf/local/default.yaml, {fault}")
+
+
+def test_a_file_that_another_file_chooses_is_told_by_its_own_name(project: Path) -> None:
+    (project / "conf" / "optim" / "mine.yaml").write_bytes(GBK)
+    (project / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /optim: mine\n"
+    )
+    (line,) = told(project, "experiment=mine", "data=samples")
+    assert line == "conf/optim/mine.yaml, line 2: is not UTF-8. Save the file as UTF-8."
+    done = finished(project, "train.py", "experiment=mine", "--help")
+    assert (done.returncode, done.stderr) == (1, f"error: {line}\n")
+
+
+def test_an_experiment_in_a_folder_is_chosen_by_its_path(project: Path) -> None:
+    (project / "conf" / "experiment" / "team").mkdir()
+    (project / "conf" / "experiment" / "team" / "deep.yaml").write_text("# @package _global_\n# Ours.\nepochs: 7\n")
+    chosen = finished(project, "train.py", "experiment=team/deep", "data=samples", "--cfg", "job")
+    assert "epochs: 7\n" in chosen.stdout
+    assert "team/deep" in finished(project, "train.py", "--help").stdout
+    (line,) = told(project, "experiment=team/dep", "data=samples")
+    assert "no such option. Did you mean team/deep?" in line
+    (project / "conf" / "experiment" / "team" / "deep.yaml").write_text("epochs: 7\n")
+    (line,) = told(project, "experiment=team/deep", "data=samples")
+    assert line.startswith("conf/experiment/team/deep.yaml, line 1: must be '# @package _global_'")
+
+
+def test_thirty_point_nought_is_thirty_wherever_whole_numbers_are_asked_for() -> None:
+    words = ["epochs=30.0", "seed=1e1", "data=synthetic", "data.dataset.num_train=1e6", "device.ids=[0.0]"]
+    words += ["device.batch_size=64.0", "model.num_classes=1000.0", "save_every=5.0", "ema_decay=0.0", "optim.lr=1.0"]
+    (config,) = overrides.check_command("train", words, multirun=False).jobs
+    whole = [config["epochs"], config["seed"], config["data"]["dataset"]["num_train"], config["device"]["ids"][0]]
+    whole += [config["data"]["batch_size"], config["model"]["num_classes"], config["save_every"]]
+    assert whole == [30, 10, 1_000_000, 0, 64, 1000, 5]
+    assert {type(value) for value in whole} == {int}
+    assert [type(config["ema_decay"]), type(config["optim"]["lr"])] == [float, float]
+
+
+def test_a_choice_may_be_null(project: Path) -> None:
+    experiment = "# @package _global_\ndefaults:\n  - override /data: samples\nhydra:\n  mode: MULTIRUN\n  sweeper:\n"
+    (project / "conf" / "experiment" / "mine.yaml").write_text(
+        f"{experiment}    params:\n      clip_grad_norm: choice(null, 2.0)\n"
+    )
+    found = finished(project, "-m", "ghostnet.tools.plan", "experiment=mine", "json=true")
+    assert found.returncode == 0, found.stderr
+    assert [job["config"]["clip_grad_norm"] for job in json.loads(found.stdout)] == [None, 2.0]
+    (line,) = told(project, "-m", "data=samples", "clip_grad_norm=choice(null,-1)")
+    assert line.startswith("clip_grad_norm=-1: must be a number > 0 or null.")
+    (line,) = told(project, "data=samples", "clip_grad_norm=choice(null,2.0)")
+    assert "clip_grad_norm=null,2.0: several values." in line
 
 
 CUDA = """

@@ -294,14 +294,37 @@ def test_step_is_the_peak_times_the_rate_for_each_period_that_has_passed_never_b
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("warmup_epochs", [2, 3, 4.5])
-def test_a_warm_up_longer_than_the_training_rises_in_a_line_and_never_fails(name, interval, warmup_epochs):
-    schedule = make(name, interval, epochs=2, steps_per_epoch=10, warmup_epochs=warmup_epochs, cooldown_epochs=0)
-    unit = 1 if interval == "step" else 10
-    expected = [1e-6 + (step // unit * unit) * (0.4 - 1e-6) / (10 * warmup_epochs) for step in range(20)]
-    assert [schedule(step) for step in range(20)] == pytest.approx(expected, rel=1e-12)
-    assert schedule(100) == 1e-5
+@pytest.mark.parametrize("cooldown_epochs", [0, 3])
+def test_a_warm_up_longer_than_the_training_is_shortened_to_it(name, warmup_epochs, cooldown_epochs):
+    schedule = make(name, "step", 2, 10, warmup_epochs=warmup_epochs, cooldown_epochs=cooldown_epochs)
+    line = [1e-6 + (0.4 - 1e-6) * step / 20 for step in range(20)]
+    assert [schedule(step) for step in range(20)] == pytest.approx(line, rel=1e-12)
+    assert [schedule(step) for step in (20, 49)] == [1e-5, 1e-5]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("epochs", "rates"), [(1, [1.0]), (2, [0.0, 0.5]), (3, [0.0, 0.5, 0.25])])
+def test_a_shortened_warm_up_leaves_the_last_epoch_where_the_rate_changes_once_an_epoch(name, epochs, rates):
+    schedule = make(name, "epoch", epochs, 10, warmup_epochs=4, cooldown_epochs=0)
+    found = [schedule(step) for step in range(10 * epochs)]
+    assert found == [rate for rate in found[::10] for _ in range(10)]
+    # Of an epoch of warm-up, the share of the peak; of the last one what each schedule has there.
+    last = {"cosine": rates[-1], "linear": 1.0, "step": 1.0}[name]
+    assert found[::10] == pytest.approx([0.4 * rate for rate in [*rates[:-1], last]], abs=1e-4)
+
+
+def test_the_warm_up_is_told_if_it_is_shortened_or_all_there_is():
+    def note(warmup_epochs, epochs, cooldown_epochs=0, interval="step"):
+        settings = {"warmup_epochs": warmup_epochs, "cooldown_epochs": cooldown_epochs, "interval": interval}
+        return optim.warmup_note(settings, epochs, 0.4)
+
+    assert note(4, 10) is None
+    assert note(4, 4, cooldown_epochs=1) is None
+    assert note(2, 2) == "the warm-up fills all of the training, and comes to the peak of 0.4 at its end"
+    shortened = "schedule.warmup_epochs=4 is longer than epochs=1: it is shortened to "
+    assert note(4, 1) == f"{shortened}1, and comes to the peak of 0.4 at its end"
+    assert note(4, 1, interval="epoch") == f"{shortened}0"
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

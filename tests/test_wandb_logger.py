@@ -374,3 +374,55 @@ def test_lines_are_taken_once_and_whole(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a": 2}\ntorn\n{"a": 3}\n')
     assert list(lines.of_json()) == [{"a": 2}, {"a": 3}]
     assert list(lines.of_json()) == []
+
+
+def test_the_environment_of_wandb_holds_where_config_and_command_say_nothing(
+    run: Run, tmp_path: Path, tiny_data: Path
+) -> None:
+    said = {"PROJECT": "theirs", "ENTITY": "team", "NAME": "n", "RUN_GROUP": "g", "JOB_TYPE": "j", "NOTES": "why"}
+    said |= {"TAGS": "a, b", "RUN_ID": "own1d", "DIR": str(tmp_path / "elsewhere"), "MODE": "offline"}
+    variables = {f"WANDB_{name}": value for name, value in said.items()}
+    words = [*TINY, f"data.root={tiny_data}", "logger=wandb", "epochs=1"]
+    done = run("train.py", *words, "hydra.run.dir=here", **variables)
+    assert done.returncode == 0, done.stderr
+    info, *_ = recorded(tmp_path / "elsewhere")
+    assert (info.project, info.entity, info.display_name, info.run_group) == ("theirs", "team", "n", "g")
+    assert (info.job_type, info.notes, list(info.tags), info.run_id) == ("j", "why", ["a", "b"], "own1d")
+    assert not (tmp_path / "here" / "wandb").exists()
+    assert (tmp_path / "here" / "wandb_id").read_text() == "own1d\n"
+
+    given = ["project=ours", "entity=me", "name=m", "group=h", "job_type=k", "notes=so", "tags=[c]", "mode=offline"]
+    del variables["WANDB_DIR"]
+    own = [f"logger.wandb.{word}" for word in given]
+    done = run("train.py", *words, *own, "hydra.run.dir=there", **variables | {"WANDB_MODE": "disabled"})
+    assert done.returncode == 0, done.stderr
+    info, *_ = recorded(tmp_path / "there")
+    assert (info.project, info.entity, info.display_name, info.run_group) == ("ours", "me", "m", "h")
+    assert (info.job_type, info.notes, list(info.tags)) == ("k", "so", ["c"])
+
+
+@pytest.mark.parametrize("variable", [{"WANDB_DISABLED": "true"}, {"WANDB_DISABLED": "1"}, {"WANDB_MODE": "disabled"}])
+def test_wandb_that_is_switched_off_by_the_environment_records_nothing_and_says_so_once(
+    run: Run, tmp_path: Path, tiny_data: Path, variable: dict[str, str]
+) -> None:
+    done = run(
+        "train.py", *TINY, f"data.root={tiny_data}", "logger=wandb", "epochs=1", "hydra.run.dir=here", **variable
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Weights & Biases records nothing: WANDB_DISABLED or WANDB_MODE says so.") == 1
+    assert not list(tmp_path.rglob("wandb*"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "fault"),
+    [
+        ({"WANDB_MODE": "ofline"}, "WANDB_MODE=ofline: must be one of online, offline, disabled."),
+        ({"WANDB_PROJECT": "a/b"}, "WANDB_PROJECT=a/b: a project's name can't have /."),
+    ],
+)
+def test_an_environment_that_wandb_would_refuse_is_told_before_a_folder_is_made(
+    run: Run, tmp_path: Path, tiny_data: Path, variable: dict[str, str], fault: str
+) -> None:
+    done = run("train.py", *TINY, f"data.root={tiny_data}", "logger=wandb", "hydra.run.dir=here", **variable)
+    assert (done.returncode, done.stderr) == (1, f"error: {fault}\n")
+    assert not (tmp_path / "here").exists()

@@ -174,6 +174,13 @@ def test_wandb_mode_says_where_there_is_no_network(sync: Sync, tmp_path: Path) -
     assert len(list(tmp_path.glob("wandb/run/wandb/offline-run-*"))) == 1
 
 
+def test_an_environment_without_wandb_is_told_instead_of_sending_nothing(sync: Sync, tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    done = sync("run", WANDB_DISABLED="true")
+    assert done.returncode == 1
+    assert done.stderr == "error: nothing would be sent: WANDB_DISABLED or WANDB_MODE says so. Give mode=online.\n"
+
+
 def test_without_a_login_it_says_so(sync: Sync, tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     done = sync("run", WANDB_MODE="online", WANDB_API_KEY="")

@@ -132,12 +132,12 @@ def lacks_header(path: Path) -> str:
     return f"{shown(path)}, line 1: must be {GLOBAL!r}, else its keys are not those of the whole config."
 
 
-def unreadable(error: Exception, chosen: Path | None = None) -> str | None:
+def unreadable(error: Exception, chosen: Path) -> str | None:
     """Return what is wrong with the file of conf/ that Hydra could not read, None if that was not the cause.
 
-    chosen: the file of the word that was composed, for errors that name none.
+    chosen: the file that it most likely is, for errors that name none.
     """
-    paths = [chosen] if chosen else []
+    paths = [chosen] if chosen.is_file() else []
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         paths = [Path(error.problem_mark.name)]
     elif isinstance(error, yaml.reader.ReaderError):

@@ -213,7 +213,8 @@ def opened(wandb: Any, request: Request, channel: Channel) -> tuple[Any, bool]: 
         "stop_fn": lambda: channel.tell("stop"),
     }
 
-    place = os.environ.get("WANDB_DIR") or request.folder
+    # An agent of a W&B sweep sets WANDB_DIR to the folder that it was started in, whatever its user wants.
+    place = request.folder if os.environ.get("WANDB_SWEEP_ID") else os.environ.get("WANDB_DIR") or request.folder
     Path(place).mkdir(parents=True, exist_ok=True)
 
     def init(mode: str) -> Any:  # noqa: ANN401 (a run of wandb)
