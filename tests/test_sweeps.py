@@ -16,6 +16,7 @@ import psutil
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from ghostnet.errors import ConfigError
 from ghostnet.experiments import grid, record, workers
@@ -48,6 +49,15 @@ SYNTHETIC += [
 
 def parsed(*words):
     return OverridesParser.create().parse_overrides(list(words))
+
+
+def test_a_search_chooses_between_null_and_a_number(run, tmp_path):
+    words = ["-m", *SYNTHETIC, "hydra/sweeper=optuna", "clip_grad_norm=choice(null,2.0)", "sweep=clip"]
+    done = run("train.py", *words, "hydra.sweeper.n_trials=4", "hydra.sweeper.startup_trials=4")
+    assert done.returncode == 0, done.stderr
+    trials = [path for path in (tmp_path / "multirun" / "clip").iterdir() if path.is_dir()]
+    found = {OmegaConf.load(path / "config.yaml").clip_grad_norm for path in trials}
+    assert (len(trials), found) == (4, {None, 2.0})
 
 
 def statuses(folder):

@@ -270,6 +270,24 @@ def test_a_finished_run_can_be_made_longer(run: Run, tmp_path: Path, tiny_data: 
     assert result(tmp_path / "here")["steps"] == 30
 
 
+def test_epochs_1_alone_trains_and_made_longer_goes_on_at_the_rates_of_the_longer_training(
+    run: Run, tmp_path: Path, tiny_data: Path
+) -> None:
+    words = [*TINY, f"data.root={tiny_data}", "hydra.run.dir=here", "schedule=linear", "schedule.warmup_epochs=2"]
+    words += ["log_every=1", "schedule.min_lr=0", "schedule.warmup_lr=0"]
+    done = run("train.py", *words, "epochs=1.0")
+    assert done.returncode == 0, done.stderr
+    (note,) = [line for line in done.stdout.splitlines() if line.startswith("note ")]
+    shortened = "note    schedule.warmup_epochs=2 is longer than epochs=1: it is shortened to 1"
+    assert note == f"{shortened}, and comes to the peak of 0.125 at its end"
+    done = run("train.py", *words, "epochs=4", "resume=auto")
+    assert done.returncode == 0, done.stderr
+    rates = {row["step"]: row["train/lr"] for row in rows(tmp_path / "here") if "train/lr" in row}
+    up, longer = [0.125 * step / 10 for step in range(10)], [0.125 * step / 20 for step in range(10, 20)]
+    down = [0.125 * (40 - step) / 20 for step in range(20, 40)]
+    assert list(rates.values()) == pytest.approx([*up, *longer, *down], rel=1e-9, abs=1e-12)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(run: Run, tmp_path: Path, tiny_data: Path) -> None:
     words = [*TINY, f"data.root={tiny_data}", "hydra.run.dir=here", "schedule.warmup_epochs=0", "clip_grad_norm=null"]
     done = run(

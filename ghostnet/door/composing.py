@@ -165,7 +165,7 @@ def _composing_fault(word: str | None, error: Exception) -> Fault:
     keys = (parsed(word).key_or_group,) if word else ()
     said = f"{word}: " if word else ""
     file = CONF / (f"{parsed(word).key_or_group}/{parsed(word).value()}.yaml" if word else "local/default.yaml")
-    if not isinstance(error, HydraException) and (fault := unreadable(error, file)):
+    if fault := unreadable(error, file):
         return Fault((), fault)
     if isinstance(error, MissingConfigException) and (missing := error.missing_cfg_file):
         group, _, option = str(missing).partition("/")
