@@ -150,7 +150,7 @@ def test_faults_of_files_name_the_file_and_the_line(project: Path) -> None:
     mine.write_text(MINE)
     lines = told(project, "experiment=mine")
     assert lines[0].startswith(
-        "optim=sgdd: no such option. Did you mean sgd? There are: adamw, fused_sgd, rmsprop, sgd."
+        "optim=sgdd: no such option. Did you mean sgd? There are: adamw, fused_sgd, npu_fused_sgd, rmsprop, sgd."
     )
     assert lines[0].endswith("Set by conf/experiment/mine.yaml, line 4.")
     mine.write_text(MINE.replace("sgdd", "sgd"))
@@ -171,7 +171,7 @@ def test_a_file_of_this_machine_is_named_too_and_the_command_goes_before_it(proj
     local.write_text("# @package _global_\ndata:\n  root: /nowhere\n")
     lines = told(project)
     assert lines == [
-        "data.root=/nowhere does not exist. Looked for /nowhere/train/<class>/*.jpg|jpeg|png|webp. "
+        "data.root=/nowhere does not exist. Looked for /nowhere/train/<class>/*.jpg|jpeg|png|webp|bmp|tif|gif|ppm. "
         "Set by conf/local/default.yaml, line 3."
     ]
     lines = told(project, "data.root=/no")
@@ -522,7 +522,10 @@ def completed(line: str) -> list[str]:
     ("line", "offered"),
     [
         ("python train.py opt", ["optim.", "optim="]),
-        ("python train.py optim=", ["optim=adamw", "optim=fused_sgd", "optim=rmsprop", "optim=sgd"]),
+        (
+            "python train.py optim=",
+            ["optim=adamw", "optim=fused_sgd", "optim=npu_fused_sgd", "optim=rmsprop", "optim=sgd"],
+        ),
         ("python train.py optim=adamw optim.be", ["optim.betas."]),
         ("python train.py -m seed=1,2 epo", ["epochs="]),
         ("python train.py experiment=qu", ["experiment=quickstart"]),

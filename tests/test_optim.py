@@ -201,7 +201,7 @@ def cosine(peak, epochs, steps_per_epoch, interval, warmup_epochs=4.0, warmup_lr
 
 
 @pytest.mark.parametrize(
-    ("lr", "epochs", "cooldown"), [(0.4, 10, 10), (0.4, 40, 10), (0.4, 2, 0), (3.2, 400, 10), (3.2, 2, 0)]
+    ("lr", "epochs", "cooldown"), [(0.4, 10, 10), (0.4, 40, 10), (0.4, 5, 0), (3.2, 400, 10), (3.2, 4, 0)]
 )
 def test_cosine_once_an_epoch_is_the_formula_of_the_reference(lr, epochs, cooldown):
     schedule = cosine(lr, epochs, 5, "epoch", cooldown_epochs=cooldown)
