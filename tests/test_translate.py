@@ -129,18 +129,20 @@ def test_a_script_has_the_values_of_the_version_that_is_asked_for(script, versio
 @pytest.mark.parametrize(
     ("text", "version", "why"),
     [
-        ("python3.7 -u train_ghostnet_1p.py /d --amp", "1.5", "told by python3.7"),
-        ("python3 train_ghostnet_1p.py /d --amp", "1.8", "told by python3"),
+        # The interpreter's name tells nothing, beside the file that tells and without it.
+        ("source ${test_path_dir}/env_npu.sh\nnohup python3.7 -u a.py /d --amp", "1.8", "told by env_npu.sh"),
+        ("python3.7 -u train_ghostnet_1p.py /d --amp", "1.8", "assumed: nothing in the line tells it"),
+        ("source test/env.sh; python3 a.py /d --amp", "1.5", "told by env.sh"),
         ("source ${test_path_dir}/env.sh; python a.py /d --amp", "1.5", "told by env.sh"),
-        ("source test/env_npu.sh\nnohup python3 a.py /d --amp", "1.8", "told by env_npu.sh and python3"),
+        ("source test/env_npu.sh\nnohup python3 a.py /d --amp", "1.8", "told by env_npu.sh"),
         (
-            "source test/env_npu.sh; python3.7 a.py /d --amp",
+            "source test/env_npu.sh; source test/env.sh; python3.7 a.py /d --amp",
             "1.8",
-            "assumed: env_npu.sh and python3.7 are of different",
+            "assumed: env_npu.sh and env.sh are of different",
         ),
         ("python a.py /d --amp", "1.8", "assumed: nothing in the line tells it; --version=1.5 takes the other"),
         ("python3 a.py /d --amp --version=1.5", "1.5", "as --version=1.5 says"),
-        ("--version=1.8 python3.7 a.py /d --amp", "1.8", "as --version=1.8 says"),
+        ("--version=1.8 source test/env.sh; python3.7 a.py /d --amp", "1.8", "as --version=1.8 says"),
     ],
 )
 def test_the_version_is_told_with_the_word_that_tells_it_and_its_values_are_taken(text, version, why):
@@ -176,9 +178,8 @@ def test_the_line_that_a_script_runs_gives_the_config_of_its_experiment(script, 
     words = [f"{name} {value}" if value is not True else name for name, value in flags.items()]
     loop = f"for i in $(seq 0 {cards - 1}); do taskset -c 0-9 " if cards > 1 else ""
     ranks = f"--world_size {cards} --local_rank $i & done" if cards > 1 else "--npu 0"
-    found = command(
-        f"{loop}nohup {VERSIONS[version].python} -u train_ghostnet_{cards}p.py /data/x {' '.join(words)} -j 24 {ranks}"
-    )
+    run = f"nohup python3.7 -u train_ghostnet_{cards}p.py /data/x {' '.join(words)} -j 24 {ranks}"
+    found = command(f"source test/{VERSIONS[version].environment}; {loop}{run}")
     got, wanted = (dict(flat(config(w))) for w in (found.words, [f"experiment={experiment}", "data.root=/data/x"]))
     differ = {key: (got[key], wanted[key]) for key in wanted if got[key] != wanted[key]}
     expected = {"model.num_classes": (1000, None), "data.workers": (24, None)}
@@ -370,6 +371,15 @@ def test_what_the_reference_can_t_do_is_listed():
     assert reference(config(["data=samples"]), classes=10)[0] is None
     _, unable = reference(config(["device=npu_1p", "amp.loss_scale=64", "data.root=/d"]), classes=10)
     assert any(why.startswith("amp.loss_scale: its O2 has dynamic") and "128" in why for why in unable)
+
+
+def test_the_reference_s_own_optimizer_is_named_and_the_way_back_knows_it():
+    for text in ("bash test/train_full_8p.sh --data_path=/d", "python3 a.py /d --opt npufusedsgd"):
+        assert "optim=npu_fused_sgd" in " ".join(why for _, why in about(text, NOTE))
+    assert "optim=npu_fused_sgd" not in " ".join(why for _, why in about("python3 a.py /d --opt sgd", NOTE))
+    text, unable = reference(config(["experiment=full_1p", "optim=npu_fused_sgd", "data.root=/d"]), classes=1000)
+    assert "--opt npufusedsgd" in text
+    assert not [why for why in unable if why.startswith("optim")]
 
 
 def test_notes_name_what_differs_from_the_script():

@@ -113,6 +113,9 @@ def _notes(line: Line, command: Command) -> None:
         command.remarks.append((NOTE, "", "its README speaks of 10 epochs, the script trains 40: epochs=40"))
     if line.script and "performance" in line.script:
         command.remarks.append((NOTE, "", "evaluated once, after the last epoch; there after each: eval_every=1"))
+    if line.script or str(line.given.get("--opt")).lower() == "npufusedsgd":
+        why = "its npufusedsgd itself is optim=npu_fused_sgd; fused_sgd takes the same steps, on any device"
+        command.remarks.append((NOTE, "", why))
     command.remarks.append(
         (
             NOTE,
@@ -180,7 +183,9 @@ def _wanted(line: Line, value: dict[str, Any], command: Command) -> tuple[dict[s
         command.remarks.append((NONE, line.typed.get("--sched", ""), "schedules here: cosine, step, linear"))
         groups["schedule"] = "cosine"
     if not groups["optim"]:
-        command.remarks.append((NONE, line.typed.get("--opt", ""), "optimizers here: fused_sgd, sgd, rmsprop, adamw"))
+        command.remarks.append(
+            (NONE, line.typed.get("--opt", ""), "optimizers here: fused_sgd, npu_fused_sgd, sgd, rmsprop, adamw")
+        )
         groups["optim"] = "fused_sgd"
     wanted: dict[str, Any] = {}
     for flag in line.flags.values():

@@ -191,10 +191,11 @@ class Version:
     """The default of --cooldown-epochs."""
     loss_scale: float | str
     """Of its O2."""
-    python: str
-    """By which its scripts start its programs; in a line it tells the version."""
     environment: str
-    """The file that its training scripts read variables from; it tells the version, too."""
+    """The file that its training scripts read variables from; in a line it tells the version.
+
+    The name of the interpreter does not: users type either, whichever version they have.
+    """
 
     def default(self, flag: Flag) -> Any:  # noqa: ANN401 (of any kind)
         """The value of a flag that is not given."""
@@ -202,8 +203,8 @@ class Version:
 
 
 VERSIONS = {
-    "1.5": Version("73.3796 % at 4,329 img/s on 8 cards, March 2022", 10, 128.0, "python3.7", "env.sh"),
-    "1.8": Version("73.129 % at 9,559 img/s on 8 cards, August 2022", 2, "dynamic", "python3", "env_npu.sh"),
+    "1.5": Version("73.3796 % at 4,329 img/s on 8 cards, March 2022", 10, 128.0, "env.sh"),
+    "1.8": Version("73.129 % at 9,559 img/s on 8 cards, August 2022", 2, "dynamic", "env_npu.sh"),
 }
 ASSUMED = "1.8"
 """The later version, whose results are the targets of the experiments here."""

@@ -10,7 +10,13 @@ from ghostnet.tools.translate.flags import ASSUMED, FLAGS, SCRIPTS, VERSIONS
 
 SAME = ("data.root", "data.workers", "log_every", "eval_every", "resume", "baseline", "device.ids")
 """Keys that change nothing of what is trained."""
-OPTIMIZERS = {"fused_sgd": "npufusedsgd", "sgd": "momentum", "rmsprop": "rmsprop", "adamw": "adamw"}
+OPTIMIZERS = {
+    "fused_sgd": "npufusedsgd",
+    "npu_fused_sgd": "npufusedsgd",
+    "sgd": "momentum",
+    "rmsprop": "rmsprop",
+    "adamw": "adamw",
+}
 SHORT = {"--batch-size": "-b", "--workers": "-j"}
 
 
@@ -39,7 +45,7 @@ def _same(values: dict[str, Any], experiment: str) -> bool:
 
 
 def _line(values: dict[str, Any], classes: int) -> str:
-    """The Python line with every flag whose value is not the program's own; its python tells the version."""
+    """The Python line with every flag whose value is not the program's own, after the file that tells the version."""
     version = VERSIONS[_version(values)]
     count, ids = values["device.count"], values["device.ids"]
     batch = values["data.batch_size"] * count
@@ -67,11 +73,11 @@ def _line(values: dict[str, Any], classes: int) -> str:
         words += ["--train-interpolation", values["data.augment.interpolation"]]
     if values["model.weights"] and values["model.freeze"]:
         words.append("--pretrained")
-    python = [version.python, "-u", program, *words]
+    source, python = f"source test/{version.environment}; ", ["python3", "-u", program, *words]
     if count == 1:
-        return shlex.join([*python, *(["--npu", str(ids[0])] if ids else [])])
+        return source + shlex.join([*python, *(["--npu", str(ids[0])] if ids else [])])
     line = shlex.join([*python, "--world_size", str(count)])
-    return f"export WORLD_SIZE={count}; for i in $(seq 0 {count - 1}); do {line} --local_rank $i & done; wait"
+    return f"{source}export WORLD_SIZE={count}; for i in $(seq 0 {count - 1}); do {line} --local_rank $i & done; wait"
 
 
 def _version(values: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ def parse(text: str) -> Line:
     if chosen:
         line.version, line.told_by = chosen, f"as --version={chosen} says"
     else:
-        marks = {mark: name for name, of in VERSIONS.items() for mark in (of.python, of.environment)}
+        marks = {of.environment: name for name, of in VERSIONS.items()}
         found = {word: marks[word] for word in map(_name, before) if word in marks}
         if len(set(found.values())) == 1:
             line.version, line.told_by = next(iter(found.values())), f"told by {' and '.join(found)}"
