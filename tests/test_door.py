@@ -302,6 +302,7 @@ FILES = {
     "utf16": ("# @package _global_\nepochs: 7\n".encode("utf-16"), "line 1: is not UTF-8. Save the file as UTF-8."),
     "control": (b"# @package _global_\nepochs: 7\n# \x07\n", "line 3: special characters are not allowed."),
     "tab": (b"# @package _global_\nmodel:\n\twidth: 1\n", "line 3: found character '\\t' that cannot start any token."),
+    "twice": (b"# @package _global_\nepochs: 7\nepochs: 8\n", "line 3: found duplicate key epochs."),
     "list": (b"# @package _global_\n- epochs\n", "line 2: key: value is expected."),
     "number": (b"7\n", "line 1: key: value is expected."),
     "headless": (
@@ -353,6 +354,13 @@ def test_a_file_that_cant_be_read_is_one_message_with_its_line_if_it_is_chosen(p
     for words in (["epochs=3", "data=samples"], [QUICK]):
         (line,) = told(project, *words)
         assert line.startswith(f"conf/local/default.yaml, {fault}")
+
+
+def test_a_link_into_nowhere_is_no_option(project: Path) -> None:
+    (project / "conf" / "experiment" / "mine.yaml").symlink_to("nowhere.yaml")
+    (line,) = told(project, "experiment=mine", "data=samples")
+    assert line.startswith("experiment=mine: no such option.")
+    assert "mine" not in line.removeprefix("experiment=mine")
 
 
 def test_a_file_that_another_file_chooses_is_told_by_its_own_name(project: Path) -> None:

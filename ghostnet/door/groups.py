@@ -43,7 +43,7 @@ def options(group: str) -> list[str]:
     """Return the choices of a group, hidden files (._x.yaml of a Mac) left out; experiments may lie in folders."""
     home = CONF / group
     found = home.rglob("*.yaml") if group == "experiment" else home.glob("*.yaml")
-    names = (path.relative_to(home).with_suffix("") for path in found)
+    names = (path.relative_to(home).with_suffix("") for path in found if path.is_file())  # no link into nowhere
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
@@ -149,6 +149,8 @@ def unreadable(error: Exception, chosen: Path) -> str | None:
             lines(path)
         except ConfigError as fault:
             return str(fault)
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):  # such as a key that is there twice
+        return f"{shown(Path(mark.name))}, line {mark.line + 1}: {error.problem}."
     return None
 
 
