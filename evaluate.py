@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from ghostnet.distributed import Ranks
 
 
+NAME_ALL = "Name all classes in a file, one a line in the order of the model's outputs: data.classes=FILE"
+
+
 def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     """One evaluation, in flow order: checkpoint, device, data, model, counts. -> What the last line prints.
 
@@ -44,7 +47,7 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     from ghostnet import checkpoint, engine
     from ghostnet.data import decode
     from ghostnet.data.cache import open_cache
-    from ghostnet.data.datasets import relabel
+    from ghostnet.data.datasets import among
     from ghostnet.data.loader import EvalLoader, Feeder
     from ghostnet.device import cpu_count, memory_format
     from ghostnet.distributed import settle
@@ -70,6 +73,8 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     with ranks.main_first():
         val_set = build(data["dataset"], "val")
     decode.allow(data.get("max_pixels", decode.MAX_PIXELS))
+    if ranks.is_main and (note := getattr(val_set, "note", "")):
+        print(f"note: {note}", flush=True)
     feeder = Feeder(device, data["workers"] or cpu_count(), data["image_size"])
     preprocessing, skip = build(data["preprocessing"]), data.get("on_error") == "skip"
     cache = open_cache(val_set, preprocessing, ranks) if data.get("cache_val") else None
@@ -78,14 +83,13 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     # Model
     num_classes = config["model"]["num_classes"] or (saved["num_classes"] if own else len(val_set.classes))
     if own:
-        val_set.labels = relabel(val_set.labels, val_set.classes, saved["classes"])
+        val_set.labels = among(val_set.labels, val_set.classes, saved["classes"], str(path), NAME_ALL)
     elif num_classes < len(val_set.classes):
         raise UserError(f"{path} tells {num_classes} classes apart, but the data have {len(val_set.classes)}.")
-    elif num_classes > len(val_set.classes):
+    elif num_classes > len(val_set.classes) and not getattr(val_set, "numbered", False):
         raise UserError(
             f"{path} tells {num_classes} classes apart, and the data have {len(val_set.classes)} of them: which can't "
-            "be known by their positions. Name all classes in a file, one a line in the order of the model's outputs: "
-            "data.classes=FILE"
+            f"be known by their positions. {NAME_ALL}"
         )
     model = build_model(config["model"], num_classes)
     use_ema = own and saved["ema"] is not None and config["ema"] is not False
@@ -93,8 +97,10 @@ def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
         raise ConfigError(f"ema=true, but {path} holds no moving average.")
     weights, which = (saved["ema" if use_ema else "model"], "") if own else choose_weights(saved, path)
     if messages := fit(model, weights, path):
+        more = " and model.num_classes=, if labels are numbers of its outputs" if hasattr(val_set, "numbered") else ""
         raise UserError(
-            f"{'; '.join(messages)}: an untrained classifier can't be evaluated. The data must have as many."
+            f"{'; '.join(messages)}: an untrained classifier can't be evaluated. The data must have as many classes. "
+            f"{NAME_ALL}{more}"
         )
     model = amp.for_evaluation(model.to(device, memory_format=memory_format(device)), device)
     if ranks.is_main:
@@ -144,8 +150,10 @@ def with_saved(cfg: DictConfig, saved: dict[str, Any], overrides: list[str]) -> 
             if key == "data":  # other images, which are prepared as the model was trained to see them
                 for kept in ("image_size", "preprocessing"):
                     OmegaConf.update(merged, f"data.{kept}", saved["data"][kept], merge=False)
+        if classes := OmegaConf.select(merged, "data.classes"):
+            OmegaConf.update(merged, "data.dataset.classes", classes)  # runs of version 0.4 did not hand it on
         config = resolved(merged)
-    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+    except (OmegaConfBaseException, LookupError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{cfg.ckpt}: the config in it can't be read: {first_line(error)}") from None
     used = ("ckpt", "ema", "model", "data", "amp", "device")
     faults = check("evaluate", {key: config[key] for key in used if key in config})

@@ -95,6 +95,7 @@ class SourceConfig:
     """The keys of the folder that is packed."""
 
     root: str
+    classes: str | None
     max_pixels: PositiveInt
 
 
@@ -122,10 +123,10 @@ class DataConfig:
     mix: Config
     on_error: Literal["raise", "skip"] = "raise"
     cache_val: bool = False
-    classes: str | None = None
     """Runs of version 0.2 had neither."""
+    classes: str | None = None
     max_pixels: PositiveInt = 200_000_000
-    """Nor had runs of version 0.4 this."""
+    """Nor had runs of version 0.4 these."""
 
 
 @dataclass

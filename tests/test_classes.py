@@ -1,6 +1,10 @@
 """Which class a label means: folders that are numbers, files of names, weights of others, shards of others."""
 
 import io
+import json
+import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -14,6 +18,7 @@ from ghostnet.data.datasets import ImageFolder
 from ghostnet.data.shards import Shards
 from ghostnet.errors import UserError
 from ghostnet.models.ghostnet import GhostNet
+from tests.conftest import REPOSITORY, environment
 from tests.test_train import result
 
 QUICK = ["device=cpu", "data.image_size=32", "model=ghostnet_050", "model.width=0.1", "epochs=1", "data.batch_size=4"]
@@ -46,6 +51,12 @@ def always(path, classes, label):
     state["classifier.weight"].zero_()
     state["classifier.bias"].copy_(torch.eye(classes)[label])
     torch.save({"state_dict": state}, path)
+
+
+def tool(place, name, *words):
+    command = [sys.executable, "-m", f"ghostnet.tools.{name}", *words]
+    env = environment() | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=120)
 
 
 def evaluated(run, *words):
@@ -81,7 +92,7 @@ def test_weights_of_others_on_some_of_their_classes_want_a_file_of_all_names(run
         ("a\nb\na\n", "line 3 names a a second time"),
         ("a\n\nb\n", "line 2 is empty"),
         ("", "names no class"),
-        ("a\nbb\n", "1 of the 2 class folders in .* are not among its 2 names, b first"),
+        ("a\nbb\n", "1 of the 2 classes of the data are not among the 2 of data.classes=.*: b. Did you mean bb"),
         (None, "can't be read"),
     ],
 )
@@ -221,3 +232,134 @@ def test_evaluation_prepares_other_data_as_the_checkpoints_were_unless_told_othe
     assert (kept["image_size"], kept["preprocessing"]["image_size"], kept["preprocessing"]["crop"]) == (32, 32, 1.0)
     named = evaluate.with_saved(cfg, saved, ["data.image_size=224", "data=shards"])["data"]
     assert (named["image_size"], named["preprocessing"]["crop"]) == (224, 1.0)
+
+
+def test_a_whole_number_in_a_shard_is_an_index_even_if_classes_have_numbers_as_names(tmp_path):
+    """pack writes indices beside classes.json, and so does every WebDataset with a classes.txt."""
+    members = [(f"{n}.{kind}", jpeg(n) if kind == "jpg" else b"%d" % n) for n in range(3) for kind in ("jpg", "cls")]
+    shard(tmp_path / "val" / "0.tar", members)
+    (tmp_path / "classes.txt").write_text("1\n2\n3\n")
+    data = Shards("val", str(tmp_path))
+    assert [data.classes[label] for label in data.labels] == ["1", "2", "3"]
+
+
+def test_shards_that_name_their_classes_are_scored_by_name_among_those_of_a_file(run, tmp_path):
+    folder(tmp_path / "data", {"a": 1, "c": 10, "d": 1}, ("train", "val"))
+    done = tool(tmp_path, "pack", f"data.root={tmp_path / 'data'}", "out=packed")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
+    assert Shards("val", str(tmp_path / "packed"), str(tmp_path / "names.txt")).labels.tolist() == [0, *[2] * 10, 3]
+    always(tmp_path / "w.pth", 4, 2)
+    words = ["ckpt=w.pth", "data=shards", "data.root=packed", "model.num_classes=4"]
+    assert "data.classes=FILE" in evaluated(run, *words).stderr
+    assert "Acc@1 83.333" in evaluated(run, *words, "data.classes=names.txt").stdout
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    told = evaluated(run, *words[:-1], "data.classes=names.txt").stderr
+    assert "1 of the 3 classes of the data are not among the 3 of data.classes=names.txt: d." in told
+
+
+def test_labels_that_are_numbers_are_outputs_of_anybodys_weights_though_val_lacks_the_last(run, tmp_path):
+    members = [(f"{n}.{kind}", jpeg(n) if kind == "jpg" else b"%d" % n) for n in range(3) for kind in ("jpg", "cls")]
+    shard(tmp_path / "data" / "val" / "0.tar", members)
+    always(tmp_path / "w.pth", 5, 2)
+    words = ["ckpt=w.pth", "data=shards", "data.root=data"]
+    assert "model.num_classes=" in evaluated(run, *words).stderr
+    assert "Acc@1 33.333" in evaluated(run, *words, "model.num_classes=5").stdout
+
+
+@pytest.mark.parametrize(
+    ("members", "labels", "left"),
+    [
+        # A part of a sample before it, one behind it; a format that nothing reads; what systems leave.
+        (
+            ["1.aux.png", "1.cls=0", "1.jpg", "1.mask.png", "2.heic", "2.json=1", "3.jpg", "3.cls=1", "._3.jpg"],
+            [0, 1],
+            5,
+        ),
+        (["v1.1.jpg", "v1.1.cls=0", "v1.1.mask.png", "v1.2.cls=1", "v1.2.jpg"], [0, 1], 1),
+        (["v1.jpg", "v1.cls=0", "v1.2.jpg", "v1.2.cls=1"], [0, 1], 0),
+        (["v1.1.jpg", "v1.1.cls=0", "v1.2.jpg", "v1.3.jpg", "v1.3.cls=1"], "v1.2.jpg has no label", 0),
+        (["1.jpg", "1.output.cls=1"], "1.jpg has no label", 0),
+        (["1.left.jpg", "1.right.jpg", "1.cls=1"], "1.left.jpg has no label", 0),
+    ],
+)
+def test_members_of_shards_are_read_or_refused_or_counted(tmp_path, members, labels, left):
+    named = [member.partition("=") for member in members]
+    texts = {name: f'{{"label": {text}}}' if name.endswith("json") else text for name, _, text in named}
+    shard(tmp_path / "val" / "0.tar", [(name, text.encode() or jpeg(0)) for name, text in texts.items()])
+    shard(tmp_path / "val" / "1.tar", [("z.jpg", jpeg(0)), ("z.cls", b"0")])
+    if isinstance(labels, str):
+        with pytest.raises(UserError, match=labels):
+            Shards("val", str(tmp_path))
+        return
+    for _ in range(2):  # the second time from the index
+        data = Shards("val", str(tmp_path))
+        assert data.labels.tolist() == [*labels, 0]
+        assert data.note.startswith(f"{left} members of shards" if left else "")
+        assert bool(data.note) == bool(left)
+
+
+def test_what_is_passed_over_is_told_by_evaluation_pack_and_doctor(run, tmp_path):
+    folder(tmp_path / "data", {"a": 8, "b": 8}, ("train", "val"))
+    (tmp_path / "data" / "val" / "of no class.jpg").write_bytes(jpeg(0))
+    (tmp_path / "data" / "val" / "a" / "x.heic").write_bytes(b"x")
+    note = f"2 files or folder passed over in {tmp_path / 'data' / 'val'}, hidden or no image by its name: a/x.heic"
+    always(tmp_path / "w.pth", 2, 0)
+    assert f"note: {note}" in evaluated(run, "ckpt=w.pth", f"data.root={tmp_path / 'data'}").stdout
+    root = f"data.root={tmp_path / 'data'}"
+    assert f"note: {note}" in tool(tmp_path, "pack", root, "out=packed").stdout
+    assert note in " ".join(tool(tmp_path, "doctor", root, *QUICK).stdout.split())
+
+
+def test_a_folder_that_cant_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    folder(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "val" / "a" / "deep").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="deep"):
+        ImageFolder("val", str(tmp_path))
+
+
+def test_a_class_without_validation_images_is_packed_if_a_file_names_it(run, tmp_path):
+    folder(tmp_path / "data", {"a": 8, "b": 8, "c": 8}, ("train",))
+    folder(tmp_path / "data", {"a": 4, "c": 4})
+    words = ["pack", f"data.root={tmp_path / 'data'}", "out=packed"]
+    assert "data.classes=FILE" in tool(tmp_path, *words).stderr
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert tool(tmp_path, *words, "data.classes=names.txt").returncode == 0
+    packed = Shards("val", str(tmp_path / "packed"))
+    assert (packed.classes, packed.labels.tolist()) == (["a", "b", "c"], [0] * 4 + [2] * 4)
+    done = run("train.py", *QUICK, "data=shards", "data.root=packed")
+    assert "of 3 classes" in done.stdout, done.stderr
+
+
+def test_a_missing_file_of_names_is_told_before_anything_starts(run, tmp_path):
+    folder(tmp_path / "data", {"a": 8}, ("train", "val"))
+    done = run("train.py", *QUICK, f"data.root={tmp_path / 'data'}", "data.classes=nowhere.txt", "hydra.run.dir=run")
+    assert "data.classes=nowhere.txt: nowhere.txt is no file." in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_size_that_a_command_names_goes_before_the_checkpoints(run, tmp_path):
+    folder(tmp_path / "data", {"a": 4, "b": 4}, ("train", "val"))
+    root = f"data.root={tmp_path / 'data'}"
+    assert run("train.py", *QUICK, root, "hydra.run.dir=run").returncode == 0
+    kept = result_of(run("evaluate.py", "ckpt=run", "device=cpu", "data=imagefolder", root, "data.cache_val=true"))
+    assert kept["images"] == 8
+    sizes = {path.stat().st_size for path in (tmp_path / "cache" / "ghostnet" / "val").iterdir()}
+    assert sizes == {8 * (32 * 32 * 3 + 8)}
+    words = ["ckpt=run", "device=cpu", "data=imagefolder", root, "data.cache_val=true", "data.image_size=48"]
+    assert result_of(run("evaluate.py", *words))["images"] == 8
+    sizes = {path.stat().st_size for path in (tmp_path / "cache" / "ghostnet" / "val").iterdir()}
+    assert sizes == {8 * (32 * 32 * 3 + 8), 8 * (48 * 48 * 3 + 8)}
+
+
+def result_of(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -78,12 +78,7 @@ class ImageFolder:
         self.labels: Labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         if classes is not None:
             names = read_names(classes)
-            if unknown := [name for name in self.classes if name not in set(names)]:
-                raise UserError(
-                    f"data.classes={classes}: {len(unknown)} of the {len(self.classes)} class folders in {folder} are "
-                    f"not among its {len(names)} names, {unknown[0]} first.{did_you_mean(unknown[0], names)}"
-                )
-            self.labels = relabel(self.labels, self.classes, names)
+            self.labels = among(self.labels, self.classes, names, f"data.classes={classes}")
             self.classes = names
 
     @staticmethod
@@ -276,7 +271,7 @@ def read_names(path: str) -> list[str]:
     """Read the names of classes, one a line, in the order of the model's outputs; UserError names what is wrong."""
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"data.classes={path} can't be read: {' '.join(str(error).split())}.") from None
     while lines and not lines[-1].strip():
@@ -291,13 +286,14 @@ def read_names(path: str) -> list[str]:
     return names
 
 
-def relabel(labels: Labels, classes: list[str], known: list[str]) -> Labels:
-    """Labels into `classes` as labels into `known`, by name; UserError where a class is not known."""
+def among(labels: Labels, classes: list[str], known: list[str], whose: str, way_out: str = "") -> Labels:
+    """Turn labels into `classes` into labels into `known`, by name; UserError if a class is not among those of whom."""
     position = {name: index for index, name in enumerate(known)}
     if unknown := [name for name in classes if name not in position]:
         raise UserError(
-            f"{len(unknown)} of the {len(classes)} classes of the data are not among the {len(known)} that the model "
-            f"was trained on: {', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}."
+            f"{len(unknown)} of the {len(classes)} classes of the data are not among the {len(known)} of {whose}: "
+            f"{', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}.{did_you_mean(unknown[0], known)}"
+            f"{way_out and f' {way_out}'}"
         )
     return np.array([position[name] for name in classes], np.int64)[labels]
 

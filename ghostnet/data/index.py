@@ -11,15 +11,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 FORMAT = 2
-NO_DATA = ("@eaDir", "__MACOSX", "lost+found")
-"""Folders that systems make among a user's own, which hold no data of his."""
 """Of the cache; another one is passed over and written anew."""
+NO_DATA = ("@eaDir", "__MACOSX", "lost+found")
+"""Folders that systems make among a user's own, which hold no data of theirs."""
 THREADS = 8
 """Folders listed at once: a network file system takes its time for each. With more they wait for each other."""
 SETTLED = 3.0
@@ -63,10 +63,12 @@ class FileIndex:
 
     def __init__(self, folder: Path) -> None:
         # Listed every time: that takes milliseconds, and notices classes that come and go.
-        folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        entries = list(os.scandir(folder))
+        folders = [entry.name for entry in entries if entry.is_dir()]
         self.classes = in_order(name for name in folders if _is_data(name))
         listings = _listings(folder, self.classes)
-        hidden = [name for name in folders if not _is_data(name)]
+        hidden = sorted(name for name in folders if not _is_data(name))
+        hidden += sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir())  # of no class
         examples = [f"{name}/{each.example}" for name, each in zip(self.classes, listings, strict=True) if each.example]
         self.passed_over = len(hidden) + sum(listing.passed_over for listing in listings)
         self.example = next(iter([*examples, *hidden]), "")
@@ -180,10 +182,11 @@ def _listing(path: Path, known: _Listing | None) -> _Listing:
         found = os.listdir(opened)  # noqa: PTH208 (of a descriptor)
         names = [name for name in found if _is_image(name)]
         others = [name for name in found if not _is_image(name)] if len(names) < len(found) else []
-        # The names of folders tell nothing: only the few that are no images' are asked about.
-        folders = [name for name in others if _is_data(name) and (path / name).is_dir()]
+        # Names alone are faster to list: what is a folder is only asked if some name is no image's.
+        entries = os.scandir(opened) if others else ()
+        folders = [e.name for e in entries if _is_data(e.name) and not _is_image(e.name) and e.is_dir()]
         for name in folders:
-            for place, inner, files in os.walk(path / name, followlinks=True):
+            for place, inner, files in os.walk(path / name, onerror=_raise, followlinks=True):
                 others += [each for each in inner if not _is_data(each)]
                 inner[:] = [each for each in inner if _is_data(each)]
                 at = os.path.relpath(place, path)
@@ -192,7 +195,8 @@ def _listing(path: Path, known: _Listing | None) -> _Listing:
         passed_over = sorted(set(others) - set(folders))
         names.sort()
     except OSError as error:
-        error.filename = str(path)  # else the number that it was opened as
+        if not isinstance(error.filename, str):
+            error.filename = str(path)  # else the number that it was opened as
         raise
     finally:
         os.close(opened)
@@ -215,6 +219,10 @@ def _stamp(opened: int) -> list[int] | None:
 def _keeps_times(opened: int) -> bool:
     status = ctypes.create_string_buffer(4096)  # much more than any system's struct statfs; f_type comes first
     return _libc.fstatfs(opened, status) == 0 and ctypes.c_long.from_buffer(status).value & 0xFFFFFFFF in KEEPS_TIMES
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _is_image(name: str) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ghostnet.data.datasets import Labels, Split, read_names
+from ghostnet.data.datasets import Labels, Split, among, read_names
 from ghostnet.data.decode import Picture, picture
 from ghostnet.data.index import cache_folder
 from ghostnet.data.tars import BLOCK, MOST_CLASSES, ROW, TAR_RULES, Rows, scan
@@ -48,12 +48,15 @@ class Index:
     labels: Labels
     mtimes: list[int] = field(default_factory=list)
     """Nanoseconds; of shards that were scanned. Ours may be copied, and carry a checksum of each image instead."""
+    note: str = ""
+    """What a scan passed over."""
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all; OSError where that fails."""
         content = io.BytesIO()
         columns = {"sizes": np.array(self.sizes, np.int64), "mtimes": np.array(self.mtimes, np.int64)}
         arrays = {"shards": np.array(self.shards), "rows": self.rows, "labels": self.labels.astype(np.int32), **columns}
+        arrays["note"] = np.array(self.note)
         np.savez(content, allow_pickle=False, **arrays)
         write_whole(path, content.getvalue())
 
@@ -66,6 +69,7 @@ class Index:
                 content.seek(0)
                 with np.load(content, allow_pickle=False) as file:
                     columns = [file[name] for name in ("shards", "sizes", "mtimes", "rows", "labels")]
+                    note = str(file["note"]) if "note" in file else ""  # indices of version 0.4 have none
         except Exception as error:  # zipfile and numpy raise whatever a broken file leads them to
             raise ValueError(str(error) or type(error).__name__) from None
         shards, sizes, mtimes, rows, labels = columns
@@ -77,7 +81,7 @@ class Index:
         good = good and bool((rows["shard"] < len(shards)).all() and (rows["offset"] >= BLOCK).all())
         if not good or (rows["offset"] > sizes[rows["shard"]] - rows["length"]).any():
             raise ValueError("it is no index")
-        return Index(shards.tolist(), sizes.tolist(), rows, labels.astype(np.int64), mtimes.tolist())
+        return Index(shards.tolist(), sizes.tolist(), rows, labels.astype(np.int64), mtimes.tolist(), note)
 
 
 class Shards:
@@ -85,16 +89,21 @@ class Shards:
 
     def __init__(self, split: Split, /, root: str | None, classes: str | None = None) -> None:
         base = self.find(split, root)
-        names = read_classes(base) if classes is None else read_names(classes)
-        self.folder, self.index = indexed(base, split, names)
+        own, names = read_classes(base), read_names(classes) if classes else None
+        self.folder, self.index = indexed(base, split, own or names)
         self.labels: Labels = self.index.labels
+        self.note = self.index.note
         most = int(self.labels.max())
-        self.classes = names or [str(label) for label in range(most + 1)]
+        self.numbered = not own and not names
+        """Whether nothing but their numbers is known of the classes; in WebDatasets these are the model's outputs."""
+        self.classes = own or names or [str(label) for label in range(most + 1)]
         if most >= len(self.classes):
             raise UserError(
                 f"data.root={root}: {split} has the label {most}, but there are {len(self.classes)} class names. "
                 "Complete or remove them."
             )
+        if own and names:
+            self.labels, self.classes = among(self.labels, own, names, f"data.classes={classes}"), names
         # A quarter of the files that a process may have open, for training and for validation each;
         # a file is closed when the last thread is done with it.
         most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
@@ -211,12 +220,16 @@ def _scanned(base: Path, split: Split, classes: list[str] | None) -> tuple[Path,
         scans = pool.map(lambda name: scan(folder / name, classes), names)
         shown = sys.stdout.isatty()
         found = list(track(scans, f"indexing {split}", len(names), transient=True, disable=not shown))
-    for number, (rows, _) in enumerate(found):
-        rows["shard"] = number
-    labels: Labels = np.fromiter(itertools.chain.from_iterable(part for _, part in found), np.int64)
+    for number, part in enumerate(found):
+        part.rows["shard"] = number
+    labels: Labels = np.fromiter(itertools.chain.from_iterable(part.labels for part in found), np.int64)
     if not len(labels):
         raise UserError(f"{folder}: no images in {len(names)} shards for {split}. Looked for <key>.jpg and <key>.cls.")
-    index = Index(names, sizes, np.concatenate([rows for rows, _ in found]), labels, mtimes)
+    note = ""
+    if passed_over := sum(part.passed_over for part in found):
+        example = next(part.example for part in found if part.example)
+        note = f"{passed_over:,} members of shards in {folder} are in no sample and passed over: {example}"
+    index = Index(names, sizes, np.concatenate([part.rows for part in found]), labels, mtimes, note)
     # Without a place for the cache it is scanned again the next time.
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,15 @@
 """WebDataset shards of anyone, read by their headers alone: nothing is extracted, no name in them leads anywhere."""
 
-import contextlib
+import itertools
 import json
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,7 @@ MOST_CLASSES = 1_000_000
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 LABELS = ("cls", "index", "json", "txt")
 """The first of them that a sample has is its label."""
-TAR_RULES = 2
+TAR_RULES = 3
 """Changes with what these rules make of a shard."""
 ROW = np.dtype([("shard", np.uint32), ("offset", np.int64), ("length", np.uint32), ("crc", np.uint32)])
 """Where an image lies: shard, first byte and bytes of its data, CRC-32 of its header or of its header and data."""
@@ -46,55 +47,71 @@ class Member:
 
 @dataclass
 class _Sample:
-    """The members of one key so far."""
+    """The members of one key."""
 
-    key: str
     image: Member | None = None
     label: Member | None = None
 
 
-def scan(path: Path, classes: list[str] | None = None) -> tuple[Rows, list[int]]:
-    """Where the images of a shard lie, and their labels, in the file's order; UserError for what is no whole shard.
+class Scan(NamedTuple):
+    """What a shard holds: where its images lie and their labels, in the file's order."""
+
+    rows: Rows
+    labels: list[int]
+    passed_over: int
+    """Members that belong to no sample."""
+    example: str
+    """The name of one of them, or ''."""
+
+
+def scan(path: Path, classes: list[str] | None = None) -> Scan:
+    """Find the samples of a shard by its headers; UserError for what is no whole shard.
 
     classes: what labels that are text are looked up in.
     """
     known = {name: label for label, name in enumerate(classes or ())}
     rows: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
+    left: list[str] = []
     try:
         with path.open("rb", buffering=0) as file:
-            for image, label in _samples(path, file.fileno()):
-                rows.append((0, image.offset, image.size, zlib.crc32(image.header)))
-                labels.append(_label(path, file.fileno(), label, known))
+            # Members of a key follow one another, as in every WebDataset.
+            for _, group in itertools.groupby(members(path, file.fileno()), _group):
+                samples, rest = _samples(path, group)
+                left += rest
+                for image, label in samples:
+                    rows.append((0, image.offset, image.size, zlib.crc32(image.header)))
+                    labels.append(_label(path, file.fileno(), label, known))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None
-    return np.array(rows, ROW), labels
+    return Scan(np.array(rows, ROW), labels, len(left), left[0] if left else "")
 
 
-def _samples(path: Path, file: int) -> Iterator[tuple[Member, Member]]:
-    """The image and the label of each key; members of a key follow one another, as in every WebDataset.
+def _group(member: Member) -> str:
+    """WebDataset's key: the name up to the first dot of its last part."""
+    folder, _, name = member.name.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
 
-    A key ends at the first dot of the name, or, if what follows that is no suffix that is read, as in v1.12.jpg, at the
-    last. Of the latter, those that go on from the key before them, such as 12.mask.png beside 12.jpg, are samples only
-    if they have a label too.
+
+def _samples(path: Path, group: Iterable[Member]) -> tuple[list[tuple[Member, Member]], list[str]]:
+    """Return image and label of each sample among the members of a WebDataset key, and the names that are in none.
+
+    Such a key is one sample, or several, of keys with dots: a name's suffix is what follows its first dot, or, if no
+    such suffix is read, as in v1.12.jpg, its last. UserError for an image or a .cls that is alone, unless its key goes
+    on from that of a sample: 12.mask.png beside 12.jpg is one more part of that.
     """
-    sample, more = _Sample(""), dict[str, _Sample]()
-    for member in members(path, file):
-        folder, _, name = member.name.rpartition("/")
+    parts: dict[str, _Sample] = {}
+    left: list[str] = []
+    for member in group:
+        name = member.name.rpartition("/")[2]
         stem, _, suffix = name.partition(".")
         if suffix.lower() not in (*IMAGES, *LABELS):
             stem, _, suffix = name.rpartition(".")
-        suffix, key = suffix.lower(), f"{folder}/{stem}"
+        suffix = suffix.lower()
         if not stem or suffix not in (*IMAGES, *LABELS) or NO_SAMPLE.search(member.name):
+            left.append(member.name)
             continue
-        if sample.key and key.startswith(f"{sample.key}."):
-            part = more.setdefault(key, _Sample(key))
-        elif key == sample.key:
-            part = sample
-        else:
-            yield from _whole(path, sample, more)
-            sample, more = _Sample(key), {}
-            part = sample
+        part = parts.setdefault(stem, _Sample())
         if suffix in IMAGES and part.image:
             raise UserError(f"{path}: {member.name} is a second image of its key. One image a key can be read.")
         if suffix in IMAGES and member.size > LARGEST_IMAGE:
@@ -103,19 +120,23 @@ def _samples(path: Path, file: int) -> Iterator[tuple[Member, Member]]:
             part.image = member
         elif part.label is None or _rank(suffix) < _rank(part.label.name):
             part.label = member
-    yield from _whole(path, sample, more)
+    whole = {stem: (part.image, part.label) for stem, part in parts.items() if part.image and part.label}
+    for stem, part in parts.items():
+        if stem in whole:
+            continue
+        if not any(stem[:at] in whole for at, letter in enumerate(stem) if letter == "."):
+            _check_alone(path, part)
+        left += [member.name for member in (part.image, part.label) if member]
+    return list(whole.values()), left
 
 
-def _whole(path: Path, sample: _Sample, more: dict[str, _Sample]) -> Iterator[tuple[Member, Member]]:
-    if sample.image and sample.label:
-        yield sample.image, sample.label
-    elif sample.image:
+def _check_alone(path: Path, part: _Sample) -> None:
+    if part.image:
         raise UserError(
-            f"{path}: {sample.image.name} has no label beside it: give a .cls, .index or .txt, or a .json with a label."
+            f"{path}: {part.image.name} has no label beside it: give a .cls, .index or .txt, or a .json with a label."
         )
-    elif sample.label and sample.label.name.lower().endswith(".cls"):
-        raise UserError(f"{path}: {sample.label.name} has no image beside it ({', '.join(IMAGES)}).")
-    yield from ((part.image, part.label) for part in more.values() if part.image and part.label)
+    if part.label and part.label.name.lower().endswith(".cls"):
+        raise UserError(f"{path}: {part.label.name} has no image beside it ({', '.join(IMAGES)}).")
 
 
 def _rank(name: str) -> int:
@@ -123,15 +144,17 @@ def _rank(name: str) -> int:
 
 
 def _label(path: Path, file: int, member: Member, known: dict[str, int]) -> int:
-    """The class index in a label's member, or that of the class that it names."""
+    """Return the class index in a label's member, or that of the class that it names. A whole number is an index."""
     text = os.pread(file, member.size, member.offset) if member.size <= LONGEST_LABEL else b""
     try:
         label = json.loads(text)["label"] if member.name.lower().endswith("json") else text.decode().strip()
     except (ValueError, KeyError, TypeError, RecursionError):
         label = None
     if isinstance(label, str):
-        with contextlib.suppress(ValueError):
-            label = known[label] if label in known else int(label)
+        try:
+            label = int(label)
+        except ValueError:
+            label = known.get(str(label))
     if type(label) is not int or not 0 <= label < MOST_CLASSES:
         shown = text[:20].decode("utf-8", "replace").strip()
         names = f", nor one of the {len(known)} class names" if known else ""

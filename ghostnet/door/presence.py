@@ -43,6 +43,9 @@ class Presence:
             elif path and isinstance(path, str) and path != "auto" and not Path(path).expanduser().exists():
                 text = f"{key}={path}: {path} does not exist. Give a checkpoint file{more}."
                 found.append(Fault((key,), text))
+        if isinstance(path := values.get("data.classes"), str) and not Path(path).expanduser().is_file():
+            text = f"data.classes={path}: {path} is no file. Give one with the names of all classes, one a line."
+            found.append(Fault(("data.classes",), text))
         target = values.get("data.dataset._target_")
         allowed = target in targets("data.dataset._target_")  # else its module is not even imported
         if self.trains and allowed and (text := _no_data(target, values.get("data.dataset.root"))):

@@ -41,6 +41,8 @@ def data(case: Case) -> Findings:
         raise ConfigError(f"model.num_classes={outputs}, but the data have {classes} classes.")
     TrainLoader(train, unused, unused, node["batch_size"], 0, unused, Ranks(0, case.ranks))  # type: ignore[arg-type]
     yield Finding(OK, f"{images} of {classes:,} classes, the same in both")
+    for note in filter(None, (getattr(split, "note", "") for split in (train, val))):
+        yield Finding(WARN, note, "nothing, unless it is to be trained on")
 
 
 def images(case: Case) -> Findings:

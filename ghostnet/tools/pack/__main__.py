@@ -60,7 +60,10 @@ def _pack(cfg: Config) -> None:
     settings = plan.Settings(cfg["size"], cfg["quality"], cfg["shard_mb"])
     threads = cfg["workers"] or cpu_count()
     decode.allow(cfg["data"]["max_pixels"])
-    sources = {split: ImageFolder(split, cfg["data"]["root"]) for split in plan.SPLITS}  # type: ignore[arg-type]
+    where = {key: cfg["data"][key] for key in ("root", "classes")}
+    sources = {split: ImageFolder(split, **where) for split in plan.SPLITS}  # type: ignore[arg-type]
+    for note in filter(None, (source.note for source in sources.values())):
+        print(f"note: {note}", flush=True)
     check_same_classes(sources["train"], sources["val"])
     state = plan.begin(out, sources, settings)
     with locked(out):
