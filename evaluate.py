@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 NAME_ALL = "Name all classes in a file, one a line in the order of the model's outputs: data.classes=FILE"
 
+OF_THE_DATA = {"root", "classes", "dataset", "cache_val"}
+"""What data=NAME replaces of a checkpoint's data; its other options hold unless a word names them."""
+
 
 def run(job: tuple[Config, list[str]], ranks: "Ranks") -> dict[str, Any]:
     """One evaluation, in flow order: checkpoint, device, data, model, counts. -> What the last line prints.
@@ -147,8 +150,8 @@ def with_saved(cfg: DictConfig, saved: dict[str, Any], overrides: list[str]) -> 
         for key in sorted(given_keys(overrides), key=lambda key: key.count(".")):
             # A group that was chosen replaces the checkpoint's, a single key changes one value of it.
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
-            if key == "data":  # other images, which are prepared as the model was trained to see them
-                for kept in ("image_size", "preprocessing"):
+            if key == "data":  # other images, which are read and prepared as the model was trained to see them
+                for kept in (saved["data"].keys() & merged.data.keys()) - OF_THE_DATA:
                     OmegaConf.update(merged, f"data.{kept}", saved["data"][kept], merge=False)
         if classes := OmegaConf.select(merged, "data.classes"):
             OmegaConf.update(merged, "data.dataset.classes", classes)  # runs of version 0.4 did not hand it on

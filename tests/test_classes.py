@@ -360,6 +360,48 @@ def test_the_size_that_a_command_names_goes_before_the_checkpoints(run, tmp_path
     assert sizes == {8 * (32 * 32 * 3 + 8), 8 * (48 * 48 * 3 + 8)}
 
 
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_a_link_to_a_folder_that_it_lies_in_is_passed_over(tmp_path, target):
+    folder(tmp_path, {"a": 1, "b/more": 1})
+    (tmp_path / "val" / "b" / "more" / "link").symlink_to(target)
+    data = ImageFolder("val", str(tmp_path))
+    assert list(data.files) == ["a/0.jpg", "b/more/0.jpg"]
+    assert data.note.endswith("b/more/link")
+
+
+def test_folders_that_link_to_each_other_end(tmp_path):
+    folder(tmp_path, {"a": 1, "b/more": 1})
+    (tmp_path / "val" / "a" / "there").symlink_to("../b/more")
+    (tmp_path / "val" / "b" / "more" / "back").symlink_to("../../a")
+    assert list(ImageFolder("val", str(tmp_path)).files) == [
+        *("a/0.jpg", "a/there/0.jpg"),
+        *("b/more/0.jpg", "b/more/back/0.jpg"),
+    ]
+
+
+def test_resuming_with_the_classes_in_another_order_asks_for_the_checkpoints(run, tmp_path):
+    folder(tmp_path / "data", {"a": 4, "b": 4}, ("train", "val"))
+    (tmp_path / "names.txt").write_text("b\na\n")
+    words = [*QUICK, f"data.root={tmp_path / 'data'}", "hydra.run.dir=run"]
+    assert run("train.py", *words, "data.classes=names.txt").returncode == 0
+    for more in ((), ("force=true",)):
+        done = run("train.py", *words, "resume=run", "epochs=2", *more)
+        assert done.returncode == 1
+        assert "the checkpoint's 2 classes are in another order, b, a: name them in its order" in done.stderr
+    done = run("train.py", *words, "resume=run", "epochs=2", "data.classes=names.txt")
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_data_are_read_with_all_options_of_the_checkpoint_that_no_word_names(run, tmp_path):
+    folder(tmp_path / "data", {"a": 4, "b": 4}, ("train", "val"))
+    root = f"data.root={tmp_path / 'data'}"
+    assert run("train.py", *QUICK, root, "data.on_error=skip", "hydra.run.dir=run").returncode == 0
+    (tmp_path / "data" / "val" / "a" / "broken.jpg").write_bytes(b"no image")
+    words = ["ckpt=run", "device=cpu", "data=imagefolder", root]
+    assert result_of(run("evaluate.py", *words))["skipped"] == 1
+    assert run("evaluate.py", *words, "data.on_error=raise").returncode == 1
+
+
 def result_of(done):
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

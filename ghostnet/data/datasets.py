@@ -305,6 +305,13 @@ def check_same_data(classes: list[str], count: int, train: Dataset, force: bool 
     """
     if classes == train.classes and count == len(train):
         return ""
+    if classes != train.classes and set(classes) == set(train.classes):
+        # Not even with force: each output would go on as another class.
+        raise UserError(
+            f"resume: the checkpoint's {len(classes)} classes are in another order, {', '.join(classes[:3])}"
+            f"{', …' if len(classes) > 3 else ''}: name "
+            "them in its order, one a line, in a file: data.classes=FILE"
+        )
     as_many = len(classes) == len(train.classes)
     difference = (
         f"the checkpoint was trained on {count:,} images of {len(classes)} classes, and these are "

@@ -55,7 +55,8 @@ class FileIndex:
     """The images of folder/<class>/ in any depth, by class and within it by name.
 
     Classes are sorted as numbers if all of their names are numbers, else as text. Hidden files and folders are passed
-    over, and so is what is no image by its name: their number and an example are kept.
+    over, and so are links to a folder that they lie in, and what is no image by its name: their number and an example
+    are kept.
 
     ImageNet's 1.28 million take 37 MB so, a third of a list of str. OSError where a folder can't be read; a cache that
     can't be read or written is done without.
@@ -185,11 +186,12 @@ def _listing(path: Path, known: _Listing | None) -> _Listing:
         # Names alone are faster to list: what is a folder is only asked if some name is no image's.
         entries = os.scandir(opened) if others else ()
         folders = [e.name for e in entries if _is_data(e.name) and not _is_image(e.name) and e.is_dir()]
+        folders = [name for name in folders if not _leads_up(path / name)]
         for name in folders:
             for place, inner, files in os.walk(path / name, onerror=_raise, followlinks=True):
-                others += [each for each in inner if not _is_data(each)]
-                inner[:] = [each for each in inner if _is_data(each)]
-                at = os.path.relpath(place, path)
+                at, every = os.path.relpath(place, path), list(inner)
+                inner[:] = [each for each in every if _is_data(each) and not _leads_up(Path(place, each))]
+                others += [f"{at}/{each}" for each in every if each not in inner]
                 names += [f"{at}/{file}" for file in files if _is_image(file)]
                 others += [f"{at}/{file}" for file in files if not _is_image(file)]
         passed_over = sorted(set(others) - set(folders))
@@ -223,6 +225,11 @@ def _keeps_times(opened: int) -> bool:
 
 def _raise(error: OSError) -> NoReturn:
     raise error
+
+
+def _leads_up(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in, whose images would be found again and again."""
+    return folder.is_symlink() and any(folder.samefile(above) for above in folder.parents)
 
 
 def _is_image(name: str) -> bool:
