@@ -69,6 +69,10 @@ LOSSLESS = {
     "PNG 1-bit": (encoded(Image.fromarray(BITS).convert("1"), "PNG"), np.dstack([BITS] * 3)),
     "WebP RGB": (encoded(NOISE, "WEBP", lossless=True), NOISE),
     "WebP RGBA": (encoded(ALPHA, "WEBP", lossless=True, exact=True), NOISE),
+    "BMP": (encoded(NOISE, "BMP"), NOISE),
+    "GIF": (encoded(PALETTE, "GIF"), PALETTE_COLOURS),
+    "TIFF": (encoded(NOISE, "TIFF", compression="tiff_lzw"), NOISE),
+    "PPM": (encoded(NOISE, "PPM"), NOISE),
 }
 LOSSY = {
     "JPEG RGB": encoded(SMOOTH, "JPEG", quality=90),
@@ -102,7 +106,7 @@ def test_the_format_is_told_by_the_content_not_the_name():
 BROKEN = {
     "empty": b"",
     "text": b"<html>404 Not Found</html>",
-    "GIF": encoded(SMOOTH, "GIF"),
+    "TGA": encoded(SMOOTH, "TGA"),
     "zero wide": png_of_size(0, 8),
     "zero high": png_of_size(8, 0),
     "only a JPEG's first bytes": LOSSY["JPEG RGB"][:3],

@@ -90,7 +90,7 @@ def _random(cfg: dict[str, Any], path: Path) -> int:
     model = build_model(cfg["model"], count).train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # the mean over all that it sees
+            module.momentum = 1.0  # this one batch's statistics
     chosen = [preprocessing(dataset.image(index * len(dataset) // 16)) for index in range(16)]
     pictures = [torch.from_numpy(array.copy()) for array in chosen]
     batch = torch.stack([p if p.ndim == 3 else p[:, :, None].expand(-1, -1, 3) for p in pictures])
