@@ -137,12 +137,9 @@ def test_two_epochs_are_a_plain_loop_bit_for_bit(feeder, optimizer, accumulate, 
                 images = (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() - mean) / std
                 labels = torch.from_numpy(data.labels[indices])
                 images, mixed = mix(images, labels, SEED, number)
-                targets = [(1.0, labels)]
-                if mixed:
-                    targets = [(mixed.share, mixed.labels), (1 - mixed.share, mixed.partners)]
                 torch.manual_seed(fold_in(SEED, "dropout", number, 0))
                 logits = model(images.contiguous(memory_format=torch.channels_last))
-                loss = sum(share * F.cross_entropy(logits, wanted, label_smoothing=0.1) for share, wanted in targets)
+                loss = engine.cross_entropy(logits, labels, mixed, 0.1)
                 (loss / accumulate).backward()
                 mean_loss += loss.detach() / accumulate
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -404,17 +401,26 @@ def test_leaving_the_loop_early_ends_the_loaders_work(feeder, monkeypatch):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_the_cross_entropy_with_smoothed_labels_by_its_formula(smoothing):
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(6, 5, generator=generator), torch.tensor([0, 1, 2, 3, 4, 0])
+    logits, labels = torch.randn(6, 5, generator=generator).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, 0])
     partners = labels.flip(0)
 
     def by_formula(wanted):
         targets = (1 - smoothing) * F.one_hot(wanted, 5) + smoothing / 5
         return -(targets * (logits.exp() / logits.exp().sum(1, keepdim=True)).log()).sum(1).mean()
 
-    torch.testing.assert_close(engine.cross_entropy(logits, labels, None, smoothing), by_formula(labels))
-    mixed = Mixed(labels, partners, 0.3)
-    expected = 0.3 * by_formula(labels) + 0.7 * by_formula(partners)
-    torch.testing.assert_close(engine.cross_entropy(logits, labels, mixed, smoothing), expected)
+    def by_torch(wanted):
+        return F.cross_entropy(logits, wanted, label_smoothing=smoothing)
+
+    for expected in (by_formula, by_torch):
+        assert_same_loss(logits, engine.cross_entropy(logits, labels, None, smoothing), expected(labels))
+        mixed = engine.cross_entropy(logits, labels, Mixed(partners, 0.3), smoothing)
+        assert_same_loss(logits, mixed, 0.3 * expected(labels) + 0.7 * expected(partners))
+
+
+def assert_same_loss(logits, ours, expected):
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(loss, logits, retain_graph=True) for loss in (ours, expected))
+    torch.testing.assert_close(*gradients)
 
 
 # Evaluation

@@ -22,7 +22,7 @@ from ghostnet import device, engine
 from ghostnet.config import build, build_model, resolved
 
 VIEWS = "as_strided contiguous detach empty empty_like empty_strided expand new_empty_strided permute select slice"
-VIEWS = {*VIEWS.split(), *"split squeeze t transpose unbind unsqueeze view _unsafe_view".split()}
+VIEWS = {*VIEWS.split(), *"split split_with_sizes squeeze t transpose unbind unsqueeze view _unsafe_view".split()}
 
 class Launches(TorchDispatchMode):
     def __init__(self):
@@ -73,7 +73,7 @@ def step_on_a_card(*words, **settings):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("amp", "most"), [("none", 640), ("o2", 665), ("fp16", 885)])
+@pytest.mark.parametrize(("amp", "most"), [("none", 625), ("o2", 650), ("fp16", 835)])
 def test_a_step_of_ghostnet_launches_no_more_operations_on_a_card_than_these(amp, most):
     """Counted where torch dispatches, without views, allocations and detach, with clipping and the look at NaN."""
     found = step_on_a_card(f"amp={amp}")

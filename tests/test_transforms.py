@@ -468,7 +468,6 @@ def test_nothing_is_mixed_where_both_are_off():
 def test_mixup_equals_a_loop_over_samples():
     for step in range(20):
         images, mixed = Mix(0.2, 0.0)(IMAGES, LABELS, 1, step)
-        assert mixed.labels.tolist() == LABELS.tolist()
         for index, partner in enumerate(PARTNERS):
             expected = mixed.share * IMAGES[index] + (1 - mixed.share) * IMAGES[partner]
             torch.testing.assert_close(images[index], expected)

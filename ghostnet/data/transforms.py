@@ -344,9 +344,8 @@ def apply(image: Image.Image, name: str, value: float) -> Image.Image:
 
 @dataclass(frozen=True)
 class Mixed:
-    """The labels of a mixed batch: share of the loss on labels, the rest on partners."""
+    """The labels of what was mixed into a batch, and the share of the loss that its own labels keep."""
 
-    labels: Tensor
     partners: Tensor
     share: float
 
@@ -374,7 +373,7 @@ class Mix:
         alpha = self.cutmix if cut else self.mixup
         share = rng.betavariate(alpha, alpha)
         if not cut:
-            return torch.lerp(images[partner], images, share), Mixed(labels, labels[partner], share)
+            return torch.lerp(images[partner], images, share), Mixed(labels[partner], share)
         height, width = images.shape[2:]
         h, w = (round(side * math.sqrt(1 - share)) for side in (height, width))
         y, x = rng.randint(0, height), rng.randint(0, width)
@@ -382,7 +381,7 @@ class Mix:
         images = images.clone()
         images[:, :, rows, columns] = images[partner][:, :, rows, columns]
         area = (rows.stop - rows.start) * (columns.stop - columns.start)
-        return images, Mixed(labels, labels[partner], 1 - area / (height * width))
+        return images, Mixed(labels[partner], 1 - area / (height * width))
 
 
 def _span(centre: int, length: int, limit: int) -> slice:

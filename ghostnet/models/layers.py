@@ -190,6 +190,10 @@ class Ghost(nn.Module):
         return both
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class SqueezeExcite(nn.Module):
     """A gate in [0, 1] for each channel, computed from the means of all channels. (N, C, H, W) -> (N, C, 1, 1)."""
 
@@ -201,8 +205,11 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the gates (N, C, 1, 1)."""
-        gate = self.conv_expand(F.relu(self.conv_reduce(x.mean((2, 3), keepdim=True))))
-        return F.hardsigmoid(gate)
+        # Autocast would cost 8 casts in a step: its weights and biases there and their gradients back.
+        with torch.autocast(x.device.type, enabled=False) if _autocasts(x.device.type) else contextlib.nullcontext():
+            means = x.mean((2, 3), keepdim=True, dtype=self.conv_reduce.weight.dtype)
+            gate = self.conv_expand(F.relu(self.conv_reduce(means)))
+            return F.hardsigmoid(gate).to(x.dtype)
 
 
 class Bottleneck(nn.Module):
