@@ -137,6 +137,25 @@ def test_two_cards_train_the_bits_of_two_ranks_on_the_cpu(run, tmp_path, tiny_da
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cards", [1, 2])
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16", "o2"])
+@pytest.mark.parametrize("experiment", ["quickstart", "fashion_mnist"])  # 32 px, whose last stage is 1 by 1, and 48 px
+def test_the_experiments_train_resume_and_evaluate_in_every_precision(run, tmp_path, tiny_data, experiment, amp, cards):
+    place = TWO[:2] if cards == 2 else ["device=npu_1p"]
+    words = [*place, f"amp={amp}", f"data.root={tiny_data}", "data.workers=1", "data.eval_batch_size=50"]
+    train = [f"experiment={experiment}", *words, "model.width=0.1", f"data.batch_size={40 // cards}", "log_every=4"]
+    for epochs in (2, 3):
+        more = ["schedule.warmup_epochs=1", "eval_every=1", "hydra.run.dir=run", f"epochs={epochs}", "resume=auto"]
+        done = run("train.py", *train, *more, PYTHONPATH=NPU)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert [row["step"] for row in rows(tmp_path / "run") if "eval/top1" in row] == [8, 16, 24]
+    done = run("evaluate.py", "ckpt=run/last.pt", *words, PYTHONPATH=NPU)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    last = rows(tmp_path / "run")[-1]
+    assert f"Acc@1 {last.get('ema/top1', last['eval/top1']):.3f}" in done.stdout
+
+
+@pytest.mark.slow
 def test_synchronised_batchnorm_on_two_cards_is_that_of_the_whole_batch(run, tmp_path, tiny_data):
     words = [*SHORT, f"data.root={tiny_data}", "amp=none", "model.dropout=0", "log_every=1"]
     assert run("train.py", *words, "device=npu_1p", "hydra.run.dir=one", PYTHONPATH=NPU).returncode == 0
