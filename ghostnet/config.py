@@ -266,7 +266,10 @@ UNTOLD = ("resume", "logger", "keep", "force", "stall_timeout")
 
 def changes(saved: Config, config: Config) -> list[str]:
     """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'; loggers change no run."""
-    then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
+    older = {
+        f"{group}.{key}": field.default for group, node in GROUP_SCHEMAS.items() for key, field in fields(node).items()
+    }
+    then, now = older | dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
     keys = [key for key in now if then.get(key) != now[key] and key.partition(".")[0] not in UNTOLD]
     return [f"{key} was {then.get(key)}, is {now[key]}" for key in keys]
 

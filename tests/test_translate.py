@@ -170,6 +170,12 @@ def test_another_version_is_refused(word):
     assert done.stderr == f"error: {word}: the reference has --version=1.5 and --version=1.8.\n"
 
 
+def test_two_versions_of_one_line_are_refused():
+    done = call("--version=1.5 bash test/train_full_8p.sh --data_path=/d", "--version=1.8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: --version=1.5 --version=1.8: of which version is the line? Give one.\n"
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_line_that_a_script_runs_gives_the_config_of_its_experiment(script, version):

@@ -182,6 +182,7 @@ def prefixed(weights, prefix):
         lambda w: {"n_averaged": torch.tensor(9), **prefixed(w, "module.")},
         lambda w: {"state_dict": prefixed(w, "net."), "pytorch-lightning_version": "2.4.0"},
         lambda w: {"state_dict": prefixed(w, "model.backbone._orig_mod.")},
+        lambda w: {"state_dict": {"criterion.weight": torch.ones(1000), **prefixed(w, "model.")}},
         lambda w: {name: value for name, value in w.items() if "num_batches" not in name},
         lambda w: defaultdict(list, w),
         *(lambda w, key=key: {key: w, "epoch": 3} for key in ("params", "model_state_dict", "net", "model_ema")),

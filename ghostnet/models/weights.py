@@ -161,17 +161,20 @@ def _unwrapped(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def _renamed(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names that the model gives them, as far as they are the same but for wrappers and a prefix."""
+    """Return weights under the names that the model gives them, as far as they are the same but for wrappers.
+
+    One prefix of all of them is taken off, as Lightning puts it before a module's model; what lies beside that, such
+    as the weights of a loss, is not the model's.
+    """
     own = dict(zip(_unwrapped(expected), expected, strict=True))
     found = _unwrapped(found)
     if "n_averaged" not in own:
         found.pop("n_averaged", None)  # AveragedModel counts there
-    shorter = found
-    while not shorter.keys() & own.keys() and {name.partition(".")[1] for name in shorter} == {"."}:
-        if len({name.partition(".")[0] for name in shorter}) > 1:
-            break
-        shorter = {name.partition(".")[2]: value for name, value in shorter.items()}
-    found = shorter if shorter.keys() & own.keys() else found
+    first = next(iter(own))
+    prefixes = {name.removesuffix(first) for name in found if name.endswith(f".{first}")}
+    if len(prefixes) == 1 and not found.keys() & own.keys():
+        (prefix,) = prefixes
+        found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     if not any(name.endswith(COUNTER) for name in found):  # files of torch before 0.4.1, and of other libraries
         found |= {name: expected[own[name]] for name in own if name.endswith(COUNTER)}
     return {own.get(name, name): value for name, value in found.items()}

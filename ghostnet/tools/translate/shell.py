@@ -82,12 +82,14 @@ def _name(token: str) -> str:
 
 def _chosen(text: str) -> tuple[str, str | None]:
     """(the text without --version=…, its value)."""
-    found = re.search(r"(?<!\S)--version(?:=(\S*))?(?!\S)", text)
-    if found is None:
-        return text, None
-    if found[1] not in VERSIONS:
-        raise ConfigError(f"{found[0]}: the reference has --version={' and --version='.join(VERSIONS)}.")
-    return text[: found.start()] + text[found.end() :], found[1]
+    form = re.compile(r"(?<!\S)--version(?:=(\S*))?(?!\S)")
+    found = {match[0]: match[1] for match in form.finditer(text)}
+    if len(found) > 1:
+        raise ConfigError(f"{' '.join(found)}: of which version is the line? Give one.")
+    for word, version in found.items():
+        if version not in VERSIONS:
+            raise ConfigError(f"{word}: the reference has --version={' and --version='.join(VERSIONS)}.")
+    return form.sub("", text), next(iter(found.values()), None)
 
 
 def _command(text: str) -> tuple[Line, list[str]]:
