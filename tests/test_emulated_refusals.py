@@ -111,6 +111,38 @@ def test_fused_adamw_is_a_loop_that_looks_at_neither_the_scale_nor_the_flag_of_a
 
 
 @apart
+def test_npu_fused_sgd_refuses_what_it_can_not_join_and_does_not_see_gradients_of_later():
+    torch_npu = load()
+    make = torch_npu.optim.NpuFusedSGD
+
+    def parameter(**kind):
+        made = nn.Parameter(torch.ones(2, 3).to(**kind))
+        made.grad = torch.full_like(made, 2.0)
+        return made
+
+    with pytest.raises(ValueError, match=r"^set_to_none is not supported in fused optimizers$"):
+        make([parameter(device="npu")], lr=1).zero_grad(set_to_none=True)
+    with pytest.raises(ValueError, match=r"^Nesterov momentum requires a momentum and zero dampening$"):
+        make([parameter(device="npu")], lr=1, nesterov=True)
+    mixed = [parameter(device="npu"), parameter(device="npu", dtype=torch.float16)]
+    for parameters, error, message in (
+        ([parameter(device="cpu")], RuntimeError, "Tensors to combine must be on NPU, got cpu."),
+        (mixed, RuntimeError, "Tensors to combine must have the same dtype."),
+        ([parameter(device="npu", dtype=torch.bfloat16)], TypeError, "Fused optimizer's parameters must be either"),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(message)}"):
+            make(parameters, lr=1).step()
+
+    weight = parameter(device="npu")
+    optimizer = make([weight], lr=1)
+    optimizer.step()
+    assert weight.tolist() == [[-1.0] * 3] * 2
+    weight.grad = torch.full_like(weight, 100.0)
+    optimizer.step()
+    assert weight.tolist() == [[-3.0] * 3] * 2  # by the gradient that was there when they were joined
+
+
+@apart
 def test_a_first_generation_card_lacks_the_fused_kernels_and_loops_over_lists():
     torch_npu = load(EMULATED_NPU_GENERATION="1")
     pointer = NOT_SUPPORTED.replace("ERR01007 OPS feature not supported", "ERR01004 OPS invalid pointer")
