@@ -206,7 +206,8 @@ def warmup_note(schedule: dict[str, Any], epochs: int, peak: float) -> str | Non
     """Return what is to be said of the warm-up of a schedule's config: that it is shortened, or is all there is."""
     asked = schedule["warmup_epochs"]
     used = warmup_in_force(asked, epochs, schedule["interval"])
-    to_peak = f", and comes to the peak of {peak:.4g} at its end" if used == epochs else ""
+    at_peak = used == epochs and schedule["interval"] == "step"
+    to_peak = f", and comes to the peak of {peak:.4g} at its end" if at_peak else ""
     if used < asked:
         return f"schedule.warmup_epochs={asked:g} is longer than epochs={epochs}: it is shortened to {used:g}{to_peak}"
     all_of_it = used == epochs + schedule["cooldown_epochs"]

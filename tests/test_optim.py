@@ -322,6 +322,7 @@ def test_the_warm_up_is_told_if_it_is_shortened_or_all_there_is():
     assert note(4, 10) is None
     assert note(4, 4, cooldown_epochs=1) is None
     assert note(2, 2) == "the warm-up fills all of the training, and comes to the peak of 0.4 at its end"
+    assert note(2, 2, interval="epoch") == "the warm-up fills all of the training"
     shortened = "schedule.warmup_epochs=4 is longer than epochs=1: it is shortened to "
     assert note(4, 1) == f"{shortened}1, and comes to the peak of 0.4 at its end"
     assert note(4, 1, interval="epoch") == f"{shortened}0"
