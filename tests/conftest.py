@@ -69,7 +69,7 @@ def run(tmp_path: Path) -> Run:
             env=environment() | env,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     return run_command
