@@ -740,8 +740,6 @@ def overflow_on_one_rank(rank, group):
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scaler = GradScaler(init_scale=4.0)
     scaler.scale(parameter.sum()).backward()
-    if rank == 0:
-        parameter.grad.fill_(float("inf"))
     # the real one asks the default group, which has no npu here: a program must have it ask its hccl group
     with pytest.raises(RuntimeError, match="No backend type associated with device type npu"):
         scaler.unscale_(optimizer)
@@ -749,6 +747,9 @@ def overflow_on_one_rank(rank, group):
     dist.distributed_c10d._update_default_pg(group)
     scaler = GradScaler(init_scale=4.0)
     scaler.scale(parameter.sum())
+    if rank == 0:
+        parameter.grad.fill_(float("inf"))
+        assert parameter.grad.isfinite()
     scaler.step(optimizer)
     scaler.update()
     dist.distributed_c10d._update_default_pg(default)

@@ -1,7 +1,7 @@
 """torch.npu.amp.GradScaler, which behaves like the real one, its traps included.
 
-The real one's own on a card that saturates: it asks the card's overflow flag, and ranks agree by an all-reduce in the
-*default* process group.  Here the flag is what the gradients say, which are never saturated.  On every card:
+On a card that saturates it lowers the card's overflow flag in a step's first `scale`, asks it in `unscale_`, a wait
+more for each dtype, and ranks agree by an all-reduce in the *default* process group.  On every card:
 
 - each dtype of gradients costs an `item` in `unscale_`, and `update` one more;
 - an optimizer that scales by itself (torch's with fused=True) is called as `step(grad_scaler=self)`, which torch's
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from torch_npu import npu
+from torch_npu._float_status import npu_clear_float_status, npu_get_float_status
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -35,7 +36,7 @@ class GradScaler(torch.amp.GradScaler):
             enabled = False
         super().__init__("npu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         self._dynamic = dynamic
-        self._has_overflow = False
+        self._has_overflow = self._clear_overflow_flag = False
         self._dist_initialized = False
         self._dist_overflow_count = None
 
@@ -48,6 +49,10 @@ class GradScaler(torch.amp.GradScaler):
         if self._enabled and self._dist_overflow_count is None:
             self._dist_initialized = dist.is_initialized()
             self._dist_overflow_count = torch.tensor([0.0]).to("npu")
+        if self._enabled and self._dynamic and not self._clear_overflow_flag:
+            if not npu.utils.is_support_inf_nan():
+                self.clear_npu_overflow_flag()
+            self._clear_overflow_flag = True
         return super().scale(outputs)
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
@@ -62,6 +67,9 @@ class GradScaler(torch.amp.GradScaler):
             for grads in by_dtype.values():
                 if self._dynamic:
                     torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
+                    # Where a card has no infinity the real kernel itself looks at the flag.
+                    if not npu.utils.is_support_inf_nan() and self.get_npu_overflow_flag():
+                        found_inf.fill_(1.0)
                     self._has_overflow = self._has_overflow or found_inf.item() > 0
                 else:
                     for grad in grads:
@@ -70,6 +78,15 @@ class GradScaler(torch.amp.GradScaler):
             if self._has_overflow:
                 found_inf.add_(1)
         return {found_inf.device: found_inf}
+
+    @staticmethod
+    def get_npu_overflow_flag():
+        status = torch.zeros(8).pin_memory().to("npu", non_blocking=True)
+        return bool(npu_get_float_status(status).cpu()[0] != 0)
+
+    @staticmethod
+    def clear_npu_overflow_flag():
+        npu_clear_float_status(torch.zeros(8).pin_memory().to("npu", non_blocking=True))
 
     def _sync_dist_overflow_count(self):
         if npu.utils.is_support_inf_nan() or not (self._dynamic and self._dist_initialized):
@@ -119,7 +136,7 @@ class GradScaler(torch.amp.GradScaler):
         elif self._dynamic:
             self._update_scale()
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
-        self._has_overflow = False
+        self._has_overflow = self._clear_overflow_flag = False
 
     def _update_scale(self):
         if self._has_overflow:
