@@ -12,6 +12,7 @@ from ghostnet.door.conflicts import conflicts
 from ghostnet.door.groups import targets
 from ghostnet.errors import ConfigError
 from ghostnet.schema import (
+    REQUIRED,
     Fault,
     Fraction,
     NonNegativeInt,
@@ -266,10 +267,11 @@ UNTOLD = ("resume", "logger", "keep", "force", "stall_timeout")
 
 def changes(saved: Config, config: Config) -> list[str]:
     """What differs from a checkpoint's config, a line each: 'optim.lr was 0.4, is 0.2'; loggers change no run."""
-    older = {
-        f"{group}.{key}": field.default for group, node in GROUP_SCHEMAS.items() for key, field in fields(node).items()
-    }
-    then, now = older | dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
+    then, now = dict(flat(resolved(OmegaConf.create(saved)))), dict(flat(config))
+    for group, schema in GROUP_SCHEMAS.items():
+        for key, field in fields(schema).items():
+            if field.default is not REQUIRED:  # runs of older versions had none
+                then.setdefault(f"{group}.{key}", field.default)
     keys = [key for key in now if then.get(key) != now[key] and key.partition(".")[0] not in UNTOLD]
     return [f"{key} was {then.get(key)}, is {now[key]}" for key in keys]
 

@@ -332,15 +332,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, mixed: Mixed | None, smoothing
     count, classes = logits.shape
     rest = smoothing / classes
 
-    def weights(wanted: Tensor) -> Tensor:
-        """Return -1/N times the probability of each class (N, C) that is asked for."""
+    def factors(wanted: Tensor) -> Tensor:
+        """Return -1/N times the probability of each class (N, C) that labels ask for: what its logarithm counts."""
         spread = torch.full((count, classes), -rest / count, device=logits.device)
         return spread.scatter_(1, wanted[:, None], -(1 - smoothing + rest) / count)
 
-    each = weights(labels)
+    counted = factors(labels)
     if mixed is not None:
-        each = torch.lerp(weights(mixed.partners), each, mixed.share)
-    return (F.log_softmax(logits, 1) * each).sum()
+        counted = torch.lerp(factors(mixed.partners), counted, mixed.share)
+    return (F.log_softmax(logits, 1) * counted).sum()
 
 
 @torch.inference_mode()

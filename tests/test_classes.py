@@ -387,7 +387,7 @@ def test_resuming_with_the_classes_in_another_order_asks_for_the_checkpoints(run
     for more in ((), ("force=true",)):
         done = run("train.py", *words, "resume=run", "epochs=2", *more)
         assert done.returncode == 1
-        assert "the checkpoint's 2 classes are in another order, b, a: name them in its order" in done.stderr
+        assert "the checkpoint's 2 classes are in another order, b, a. Name them in that order" in done.stderr
     done = run("train.py", *words, "resume=run", "epochs=2", "data.classes=names.txt")
     assert done.returncode == 0, done.stderr
 

@@ -130,6 +130,16 @@ def test_compile_takes_a_backend_and_true_and_false_stand_for_one(word, backend)
         check_same_run(checked | {"compile": before}, checked)
 
 
+def test_a_run_of_an_older_version_differs_in_no_key_that_came_later() -> None:
+    (checked,) = overrides.check_command("train", [QUICK], multirun=False).jobs
+    before = {key: value for key, value in checked["data"].items() if key not in ("classes", "max_pixels")}
+    assert changes(checked | {"data": before}, checked) == []
+    (other,) = overrides.check_command("train", [QUICK, "data.max_pixels=9"], multirun=False).jobs
+    assert changes(checked | {"data": before}, other) == ["data.max_pixels was 200000000, is 9"]
+    lacking = {key: value for key, value in before.items() if key != "image_size"}
+    assert changes(checked | {"data": lacking}, checked) == ["data.image_size was None, is 32"]
+
+
 MINE = """\
 # @package _global_
 # An experiment with faults.

@@ -287,7 +287,10 @@ def read_names(path: str) -> list[str]:
 
 
 def among(labels: Labels, classes: list[str], known: list[str], whose: str, way_out: str = "") -> Labels:
-    """Turn labels into `classes` into labels into `known`, by name; UserError if a class is not among those of whom."""
+    """Turn labels into `classes` into labels into `known`, by name; UserError if a class is not known.
+
+    whose, way_out: what the message says of the known ones, and what else to do.
+    """
     position = {name: index for index, name in enumerate(known)}
     if unknown := [name for name in classes if name not in position]:
         raise UserError(
@@ -309,8 +312,7 @@ def check_same_data(classes: list[str], count: int, train: Dataset, force: bool 
         # Not even with force: each output would go on as another class.
         raise UserError(
             f"resume: the checkpoint's {len(classes)} classes are in another order, {', '.join(classes[:3])}"
-            f"{', …' if len(classes) > 3 else ''}: name "
-            "them in its order, one a line, in a file: data.classes=FILE"
+            f"{', …' if len(classes) > 3 else ''}. Name them in that order, one a line, in a file: data.classes=FILE"
         )
     as_many = len(classes) == len(train.classes)
     difference = (
